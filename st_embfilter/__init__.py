@@ -1,0 +1,63 @@
+"""Better and smaller zero-shot text embeddings from any decoder language model."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from st_embfilter.build import (
+        add_filter,
+        build_filter,
+        filter_from_weight,
+        from_causal_lm,
+        load,
+    )
+    from st_embfilter.errors import EmbedFilterError
+    from st_embfilter.layer import EmbedFilterLayer
+    from st_embfilter.publish import save_pretrained
+    from st_embfilter.spectrum import Band, Spectrum
+
+__all__ = [
+    "Band",
+    "EmbedFilterError",
+    "EmbedFilterLayer",
+    "Spectrum",
+    "__version__",
+    "add_filter",
+    "build_filter",
+    "filter_from_weight",
+    "from_causal_lm",
+    "load",
+    "save_pretrained",
+]
+
+# Names load with their first use: the command line's --help must not wait for torch.
+_HOMES = {
+    "Band": "spectrum",
+    "EmbedFilterError": "errors",
+    "EmbedFilterLayer": "layer",
+    "Spectrum": "spectrum",
+    "add_filter": "build",
+    "build_filter": "build",
+    "filter_from_weight": "build",
+    "from_causal_lm": "build",
+    "load": "build",
+    "save_pretrained": "publish",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("st-embfilter")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'st_embfilter' has no attribute {name!r}")
+    value = getattr(import_module(f"st_embfilter.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

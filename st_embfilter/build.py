@@ -1,0 +1,395 @@
+"""Build filters and filtered models."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils.tqdm import tqdm
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Module, Normalize, Pooling
+from torch import Tensor, nn
+
+from st_embfilter.backbone import (
+    DEFAULT_MAX_SEQ_LENGTH,
+    backbone_model,
+    load_backbone,
+    source_name,
+)
+from st_embfilter.errors import FormatError, PlacementError, ShapeError, UnembeddingError
+from st_embfilter.layer import EmbedFilterLayer, assemble, check_placement, filter_of
+from st_embfilter.metadata import METADATA_FILE, SPECTRUM_FILE, FilterMetadata
+from st_embfilter.prompts import check_prompt
+from st_embfilter.spectrum import Band, Precision
+from st_embfilter.unembedding import (
+    Progress,
+    Unembedding,
+    unembedding_of_folder,
+    unembedding_of_model,
+    unembedding_of_tensor,
+)
+
+#: Where an unembedding matrix may come from: a tensor (V, d), a causal LM, a folder or Hub id.
+UnembeddingSource = Tensor | nn.Module | str | os.PathLike[str] | Unembedding
+
+POOLING_MODES = Pooling.POOLING_MODES
+
+#: Folders of the filter's weights and of its metadata: portable form, then sentence-transformers'.
+_FILTER_FOLDERS = (("2_Dense", ""), ("2_EmbedFilterLayer", "2_EmbedFilterLayer"))
+
+
+def from_causal_lm(
+    name_or_path: str | os.PathLike[str],
+    *,
+    prompt: str | None = None,
+    pooling: str | None = None,
+    keep: float | int = 0.5,
+    band: str | Band = "bulk",
+    normalize: bool = False,
+    max_seq_length: int | None = DEFAULT_MAX_SEQ_LENGTH,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    show_progress_bar: bool = True,
+) -> SentenceTransformer:
+    """Turns a decoder language model into a filtered text embedder.
+
+    Args:
+        name_or_path: Folder or Hub id of a causal language model.
+        prompt: Prompt recipe; None embeds the plain text.
+        pooling: "mean", "lasttoken" or another mode of `Pooling`; None for the recipe's own (mean
+            for plain text).
+        keep: Ratio of directions kept in (0, 1], or their number as an int.
+        band: Which ones, see `Band`; "bulk" is the paper's.
+        normalize: Scale embeddings to unit length after the filter.
+        max_seq_length: Longest text in tokens; None for the model's own limit.
+        device: Where the model runs; None for the best at hand.
+        dtype: Of the backbone, as in transformers. The filter is float32 in any case.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
+        trust_remote_code: Allow model code of the checkpoint to run.
+        show_progress_bar: Show a bar while the unembedding matrix is read.
+
+    Returns:
+        Transformer, Pooling, EmbedFilterLayer and, if asked for, Normalize.
+
+    Raises:
+        EmbedFilterError: If the model is no decoder LM, or an argument is out of range.
+    """
+    name = os.fspath(name_or_path)
+    check_prompt(prompt)
+    if pooling is not None and pooling not in POOLING_MODES:
+        raise PlacementError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
+    layer = build_filter(
+        name,
+        keep=keep,
+        band=band,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+        show_progress_bar=show_progress_bar,
+    )
+    backbone = load_backbone(
+        name,
+        max_seq_length=max_seq_length,
+        dtype=dtype,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+    )
+    width = backbone.get_embedding_dimension()
+    _check_width(layer, width)
+    modules: list[nn.Module] = [backbone, Pooling(width, pooling or "mean"), layer]
+    if normalize:
+        modules.append(Normalize())
+    return SentenceTransformer(modules=modules, device=device)
+
+
+def build_filter(
+    name_or_path: str | os.PathLike[str],
+    *,
+    keep: float | int = 0.5,
+    band: str | Band = "bulk",
+    precision: Precision | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    show_progress_bar: bool = True,
+) -> EmbedFilterLayer:
+    """The filter of a language model; reads its unembedding matrix and nothing else.
+
+    Args:
+        name_or_path: Folder or Hub id of a causal language model.
+        keep: Ratio of directions kept in (0, 1], or their number as an int.
+        band: Which ones, see `Band`.
+        precision: Arithmetic of the Gram matrix, see `Unembedding.fit`.
+        device: Where the Gram matrix is computed.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
+        trust_remote_code: Allow model code of the checkpoint to run.
+        show_progress_bar: Show a bar while the unembedding matrix is read.
+
+    Raises:
+        BandError: If the band does not fit; nothing has been read then but the shape.
+        UnembeddingError: If the model has no usable unembedding matrix.
+    """
+    chosen = Band.parse(band, keep)
+    unembedding = open_unembedding(
+        name_or_path, revision=revision, token=token, trust_remote_code=trust_remote_code
+    )
+    return _fit_filter(unembedding, chosen, precision, device, show_progress_bar)
+
+
+def filter_from_weight(
+    weight: Tensor, *, keep: float | int = 0.5, band: str | Band = "bulk"
+) -> EmbedFilterLayer:
+    """The filter of an unembedding matrix in memory, in float64 arithmetic.
+
+    Args:
+        weight: W_U, (V, d), any floating dtype; not centred, all rows.
+        keep: Ratio of directions kept in (0, 1], or their number as an int.
+        band: Which ones, see `Band`.
+    """
+    return _fit_filter(
+        unembedding_of_tensor(weight), Band.parse(band, keep), "float64", "cpu", False
+    )
+
+
+def add_filter(
+    model: SentenceTransformer,
+    *,
+    keep: float | int = 0.5,
+    band: str | Band = "bulk",
+    unembedding: UnembeddingSource | None = None,
+    trust_remote_code: bool = False,
+    show_progress_bar: bool = True,
+) -> SentenceTransformer:
+    """Inserts a filter into an existing model with a decoder backbone, after its pooling.
+
+    Args:
+        model: Changed in place.
+        keep: Ratio of directions kept in (0, 1], or their number as an int.
+        band: Which ones, see `Band`.
+        unembedding: Where W_U comes from; None for the checkpoint of the model's backbone, or the
+            live input embedding where that is gone and the two are tied.
+        trust_remote_code: Allow model code of the checkpoint to run.
+        show_progress_bar: Show a bar while the unembedding matrix is read.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PlacementError: If the model has a filter already, or no place for one.
+        ShapeError: If the widths do not fit.
+    """
+    chosen = Band.parse(band, keep)
+    position = _position(model)
+    if unembedding is None:
+        source = _own_unembedding(model, trust_remote_code)
+    else:
+        source = open_unembedding(unembedding, trust_remote_code=trust_remote_code)
+    layer = _fit_filter(source, chosen, None, "cpu", show_progress_bar)
+    _check_width(layer, backbone_width(model))
+    insert_module(model, position, layer.to(model.device))
+    return model
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> SentenceTransformer:
+    """Loads a saved filtered model with a live `EmbedFilterLayer`.
+
+    Args:
+        path: Folder or Hub id of a portable folder, or of a model that `SentenceTransformer` saved.
+        trust_remote_code: Needed for the latter form, as for any module outside
+            sentence-transformers.
+        **kwargs: Passed on to `SentenceTransformer`.
+
+    Raises:
+        FormatError: If the folder holds no filter, or its files contradict each other.
+    """
+    name = os.fspath(path)
+    model = SentenceTransformer(name, trust_remote_code=trust_remote_code, **kwargs)
+    if filter_of(model) is not None:
+        return model
+    dense = [i for i, module in enumerate(model.children()) if isinstance(module, Dense)]
+    if len(dense) != 1:
+        raise FormatError(
+            f"a filtered model must hold one Dense module, got {len(dense)} in {name}; load it "
+            "with SentenceTransformer"
+        )
+    position = dense[0]
+    layer = load_filter(name, **kwargs)
+    children = list(model.children())
+    children[position] = layer.to(model.device)
+    check_placement(children)
+    _set_modules(model, dict(zip(dict(model.named_children()), children, strict=True)))
+    return model
+
+
+def load_filter(path: str | os.PathLike[str], **kwargs: Any) -> EmbedFilterLayer:
+    """Loads the filter of a saved model without its backbone.
+
+    Args:
+        path: Folder or Hub id of a filtered model, in either form.
+        **kwargs: token, cache_folder, revision and local_files_only, as in sentence-transformers;
+            others are ignored.
+
+    Raises:
+        FormatError: If there is no filter, or its files contradict each other.
+    """
+    name = os.fspath(path)
+    for folder, metadata_folder in _FILTER_FOLDERS:
+        metadata_file = _file_of(name, METADATA_FILE, metadata_folder, kwargs)
+        weights_file = _file_of(name, "model.safetensors", folder, kwargs)
+        if metadata_file is None or weights_file is None:
+            continue
+        spectrum_file = _file_of(name, SPECTRUM_FILE, metadata_folder, kwargs)
+        return assemble(
+            load_file(weights_file),
+            Path(metadata_file).read_text(encoding="utf-8"),
+            None if spectrum_file is None else load_file(spectrum_file),
+        )
+    raise FormatError(
+        f"a filtered model must hold {METADATA_FILE} and the weights of its filter, got none in "
+        f"{name}; build one with from_causal_lm or `st-embfilter build`"
+    )
+
+
+def open_unembedding(
+    source: UnembeddingSource,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> Unembedding:
+    """Finds the unembedding matrix behind a tensor, a model, a folder or a Hub id."""
+    if isinstance(source, Unembedding):
+        return source
+    if isinstance(source, Tensor):
+        return unembedding_of_tensor(source)
+    if isinstance(source, nn.Module):
+        return unembedding_of_model(source)
+    return unembedding_of_folder(source, trust_remote_code=trust_remote_code)
+
+
+def insert_module(model: SentenceTransformer, position: int, module: Module) -> None:
+    """Inserts a module into the pipeline; names of the others move on where they are numbers."""
+    named = list(model.named_children())
+    numbered = all(name.isdigit() for name, _ in named)
+    renamed: dict[str, nn.Module] = {}
+    kwargs_by_name = dict(getattr(model, "module_kwargs", None) or {})
+    moved: dict[str, Any] = {}
+    for i, (name, child) in enumerate([*named[:position], ("", module), *named[position:]]):
+        new_name = str(i) if numbered else name or "embfilter"
+        renamed[new_name] = child
+        if name in kwargs_by_name:
+            moved[new_name] = kwargs_by_name[name]
+    check_placement(renamed.values())
+    _set_modules(model, renamed)
+    if kwargs_by_name:
+        model.module_kwargs = moved
+
+
+def backbone_width(model: SentenceTransformer) -> int:
+    """Width of the model's pooled embeddings."""
+    for module in model.children():
+        if isinstance(module, Pooling):
+            return int(module.pooling_output_dimension)
+    raise PlacementError(
+        "EmbedFilterLayer must stand after Pooling, got a model without Pooling: "
+        + " > ".join(type(module).__name__ for module in model.children())
+    )
+
+
+def _fit_filter(
+    unembedding: Unembedding,
+    band: Band,
+    precision: Precision | None,
+    device: torch.device | str,
+    show_progress_bar: bool,
+) -> EmbedFilterLayer:
+    band.width(unembedding.d)  # a band that does not fit is an error before anything is read
+    with _progress(unembedding, show_progress_bar) as progress:
+        spectrum, provenance = unembedding.fit(
+            band, precision=precision, device=device, progress=progress
+        )
+    return EmbedFilterLayer(
+        spectrum.projection(band), FilterMetadata(provenance, band), spectrum.singular_values
+    )
+
+
+@contextmanager
+def _progress(unembedding: Unembedding, show: bool) -> Iterator[Progress]:
+    with tqdm(
+        total=unembedding.stored.nbytes,
+        unit="B",
+        unit_scale=True,
+        desc=f"Spectrum of {unembedding.stored.name}",
+        disable=True if not show else None,
+    ) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.update(done - bar.n if done > bar.n else 0)
+
+        yield update
+
+
+def _own_unembedding(model: SentenceTransformer, trust_remote_code: bool) -> Unembedding:
+    inner = backbone_model(model)
+    name = source_name(model)
+    if name is not None and os.path.isdir(name):
+        return unembedding_of_folder(name, trust_remote_code=trust_remote_code)
+    config = getattr(inner, "config", None)
+    embedding = getattr(inner, "get_input_embeddings", lambda: None)()
+    if getattr(config, "tie_word_embeddings", False) and embedding is not None:
+        return Unembedding(unembedding_of_tensor(embedding.weight).stored, True, name)
+    raise UnembeddingError(
+        "the model must have a checkpoint folder to read its unembedding matrix from, got a "
+        f"backbone from {name!r} whose head is not in memory; pass unembedding="
+    )
+
+
+def _position(model: SentenceTransformer) -> int:
+    if filter_of(model) is not None:
+        raise PlacementError(
+            "a model holds one EmbedFilterLayer at most, got a model that has one; build the "
+            "filter anew from the unfiltered model"
+        )
+    modules = list(model.children())
+    backbone_width(model)
+    return next(i for i, module in enumerate(modules) if isinstance(module, Pooling)) + 1
+
+
+def _check_width(layer: EmbedFilterLayer, width: int | None) -> None:
+    if layer.in_features != width:
+        raise ShapeError(
+            f"the unembedding matrix must be as wide as the pooled embedding, got {width} for the "
+            f"embedding and {layer.in_features} for {layer.metadata.provenance.tensor!r}"
+        )
+
+
+def _set_modules(model: SentenceTransformer, modules: dict[str, nn.Module]) -> None:
+    model._modules = OrderedDict(modules)
+
+
+def _file_of(name: str, file: str, subfolder: str, kwargs: dict[str, Any]) -> str | None:
+    where = {
+        key: kwargs[key]
+        for key in ("token", "cache_folder", "revision", "local_files_only")
+        if key in kwargs
+    }
+    path: str | None = Module.load_file_path(name, file, subfolder=subfolder, **where)
+    return path

@@ -1,0 +1,39 @@
+"""Typed errors. Each message states the rule, what was got, and what to do."""
+
+from __future__ import annotations
+
+
+class EmbedFilterError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class BandError(EmbedFilterError, ValueError):
+    """A band, its width or its parameters are out of range."""
+
+
+class UnembeddingError(EmbedFilterError, ValueError):
+    """The unembedding matrix W_U cannot be found, read or used."""
+
+
+class ShapeError(EmbedFilterError, ValueError):
+    """A width does not fit: filter against embedding, or filter against model."""
+
+
+class PlacementError(EmbedFilterError, ValueError):
+    """The filter stands in the wrong place of a module pipeline."""
+
+
+class ProvenanceError(EmbedFilterError, ValueError):
+    """A filter was made from another unembedding matrix than the one it meets."""
+
+
+class FormatError(EmbedFilterError, ValueError):
+    """A file of a model folder breaks the rules of its format."""
+
+
+class OutputError(EmbedFilterError, OSError):
+    """The output folder cannot be written as asked."""
+
+
+class PromptError(EmbedFilterError, ValueError):
+    """An unknown or malformed prompt recipe."""

@@ -1,0 +1,245 @@
+"""`EmbedFilterLayer`: the filter as a sentence-transformers module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Module, Normalize, Pooling
+from torch import Tensor, nn
+
+from st_embfilter.errors import FormatError, PlacementError, ShapeError
+from st_embfilter.metadata import METADATA_FILE, SPECTRUM_FILE, FilterMetadata
+
+#: The activation that makes `Dense` linear, by the one name that every stack understands.
+IDENTITY: Final = "torch.nn.modules.linear.Identity"
+
+FEATURE: Final = "sentence_embedding"
+
+
+class EmbedFilterLayer(Module):
+    """Maps a sentence embedding to the kept singular directions of the unembedding matrix.
+
+    Computes h V_k (arXiv 2606.07502, section 4): inner products, norms and distances of the result
+    equal those of the full-size projection V_k V_k^T h. The first k' outputs are the filter of
+    width k'. Always float32 arithmetic and float32 output, whatever the backbone's dtype; frozen.
+
+    It goes after Pooling and before Normalize.
+
+    Args:
+        projection: (k, d) float32 with orthonormal rows, in nested order.
+        metadata: What the filter was made from.
+        singular_values: (d,) float64 of the whole spectrum, if known.
+
+    Raises:
+        ShapeError: If the projection's shape is not the (k, d) of the metadata.
+    """
+
+    config_keys: ClassVar[list[str]] = [  # type: ignore[misc]
+        "in_features",
+        "out_features",
+        "bias",
+        "activation_function",
+    ]
+    bias: Final = False
+    activation_function: Final = IDENTITY
+
+    def __init__(
+        self, projection: Tensor, metadata: FilterMetadata, singular_values: Tensor | None = None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        if tuple(projection.shape) != (metadata.k, metadata.d):
+            raise ShapeError(
+                f"the projection must have the shape of its metadata, {(metadata.k, metadata.d)}, "
+                f"got {tuple(projection.shape)}"
+            )
+        self.metadata = metadata
+        self.singular_values = singular_values
+        # The state's key is Dense's "linear.weight", so the saved folder is also a Dense.
+        self.linear = _FrozenLinear(projection.to(torch.float32))
+
+    @property
+    def projection(self) -> Tensor:
+        """(k, d) float32, rows in nested order."""
+        return self.linear.weight
+
+    @property
+    def in_features(self) -> int:
+        """Width d of the embeddings that go in."""
+        return self.projection.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width k of the embeddings that come out."""
+        return self.projection.shape[0]
+
+    def get_embedding_dimension(self) -> int:
+        """Width k of the embeddings that come out."""
+        return self.out_features
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Replaces `sentence_embedding` (.., d) by its filtered form (.., k), float32.
+
+        Raises:
+            PlacementError: If there is no `sentence_embedding` yet.
+            ShapeError: If its width is not d.
+        """
+        embedding = features.get(FEATURE)
+        if embedding is None:
+            raise PlacementError(
+                "EmbedFilterLayer must stand after Pooling, got features without "
+                f"{FEATURE!r}; put it after the module that pools"
+            )
+        if embedding.shape[-1] != self.in_features:
+            raise ShapeError(
+                f"this filter takes embeddings of width {self.in_features}, got "
+                f"{embedding.shape[-1]}; build it from the unembedding matrix of this backbone"
+            )
+        features[FEATURE] = self.linear(embedding)
+        return features
+
+    def on_model_ready(self, model: nn.Module) -> None:
+        """Hook of sentence-transformers: checks the place in the pipeline."""
+        check_placement(model.children())
+
+    def save(
+        self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """Writes a folder that is valid for `Dense`, plus the metadata and the spectrum."""
+        self.save_config(output_path)
+        self.save_torch_weights(output_path, safe_serialization=safe_serialization)
+        write_metadata(output_path, self)
+
+    @classmethod
+    def load(  # type: ignore[override] # the other parameters are in kwargs
+        cls, model_name_or_path: str, **kwargs: Any
+    ) -> EmbedFilterLayer:
+        """Loads a saved layer from a folder or the Hub.
+
+        Args:
+            model_name_or_path: Folder or Hub id of the model that holds it.
+            **kwargs: As in `Module.load`: subfolder, token, cache_folder, revision,
+                local_files_only; others are ignored.
+
+        Raises:
+            FormatError: If the metadata is missing or contradicts the weights.
+        """
+        names = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
+        where = {name: kwargs[name] for name in names if name in kwargs}
+        metadata_file = cls.load_file_path(model_name_or_path, METADATA_FILE, **where)
+        if metadata_file is None:
+            raise FormatError(
+                f"a saved EmbedFilterLayer must hold {METADATA_FILE}, got none in "
+                f"{model_name_or_path}/{kwargs.get('subfolder', '')}"
+            )
+        weights = cls.load_torch_weights(model_name_or_path, **where)
+        spectrum_file = cls.load_file_path(model_name_or_path, SPECTRUM_FILE, **where)
+        return assemble(
+            weights,
+            Path(metadata_file).read_text(encoding="utf-8"),
+            None if spectrum_file is None else load_file(spectrum_file),
+        )
+
+
+class _FrozenLinear(nn.Module):
+    """x W^T in float32 with a weight that no training and no cast changes."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.to(torch.float32), self.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _FrozenLinear:
+        # .half() and .to(dtype) may move the weight to another device, never change its dtype.
+        before = self.weight
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight.dtype != before.dtype:
+            self.weight = before.to(self.weight.device)
+        return self
+
+
+# The public path is a file format: modules.json of saved models names it.
+EmbedFilterLayer.__module__ = "st_embfilter"
+
+
+def assemble(
+    weights: dict[str, Tensor], metadata_json: str, spectrum: dict[str, Tensor] | None
+) -> EmbedFilterLayer:
+    """A layer from the contents of its three files.
+
+    Raises:
+        FormatError: If the metadata is malformed or the weights do not fit it.
+    """
+    metadata = FilterMetadata.from_json(metadata_json)
+    expected = (metadata.k, metadata.d)
+    projection = weights.get("linear.weight")
+    if set(weights) != {"linear.weight"} or projection is None:
+        raise FormatError(
+            f"a filter's weights must be 'linear.weight' alone, got {sorted(weights)}"
+        )
+    if tuple(projection.shape) != expected or not bool(torch.isfinite(projection).all()):
+        raise FormatError(
+            f"the projection must be finite and of shape {expected} as {METADATA_FILE} says, got "
+            f"shape {tuple(projection.shape)}; the files do not belong together"
+        )
+    singular_values = None if spectrum is None else spectrum.get("singular_values")
+    if singular_values is not None and tuple(singular_values.shape) != (metadata.d,):
+        raise FormatError(
+            f"{SPECTRUM_FILE} must hold {metadata.d} singular values, got shape "
+            f"{tuple(singular_values.shape)}"
+        )
+    return EmbedFilterLayer(projection, metadata, singular_values)
+
+
+def write_metadata(folder: str | os.PathLike[str], layer: EmbedFilterLayer) -> None:
+    """Writes the metadata and, where it is known, the spectrum."""
+    folder = Path(folder)
+    (folder / METADATA_FILE).write_text(layer.metadata.to_json(), encoding="utf-8")
+    if layer.singular_values is not None:
+        save_file({"singular_values": layer.singular_values.cpu()}, folder / SPECTRUM_FILE)
+
+
+def check_placement(modules: Iterable[nn.Module]) -> None:
+    """Checks that the filter stands once, after pooling and before normalisation.
+
+    Raises:
+        PlacementError: Says what stands where.
+    """
+    modules = list(modules)
+    names = " > ".join(type(module).__name__ for module in modules)
+    filters = [i for i, module in enumerate(modules) if isinstance(module, EmbedFilterLayer)]
+    normalizers = [i for i, module in enumerate(modules) if isinstance(module, Normalize)]
+    if len(filters) > 1:
+        raise PlacementError(f"a model holds one EmbedFilterLayer at most, got {names}")
+    if not filters:
+        return
+    if any(position < filters[0] for position in normalizers):
+        raise PlacementError(
+            f"EmbedFilterLayer must stand before Normalize, got {names}; filter first, so that "
+            "the filtered embeddings have unit length"
+        )
+    before = modules[: filters[0]]
+    if any(isinstance(module, Pooling) for module in modules) and not any(
+        isinstance(module, Pooling) for module in before
+    ):
+        raise PlacementError(f"EmbedFilterLayer must stand after Pooling, got {names}")
+    if any(isinstance(module, Dense) for module in before):
+        raise PlacementError(
+            f"EmbedFilterLayer must stand directly after Pooling, got {names}; a Dense layer "
+            "before it leaves the space of the unembedding matrix"
+        )
+
+
+def filter_of(model: SentenceTransformer) -> EmbedFilterLayer | None:
+    """The model's filter, or None."""
+    return next((m for m in model.children() if isinstance(m, EmbedFilterLayer)), None)

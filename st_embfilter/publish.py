@@ -1,0 +1,250 @@
+"""Save a filtered model as a portable folder that loads everywhere with no custom code.
+
+Every stack reads the names and keys of early sentence-transformers, so those are written, whatever
+version is installed. See `portable_files` for the small files and `save_pretrained` for the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors.torch import save
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+from st_embfilter.backbone import (
+    TOKENIZER_CONFIG,
+    backbone_files,
+    backbone_model,
+    is_unchanged,
+    source_folder,
+    tokenizer_patch,
+)
+from st_embfilter.errors import FormatError, OutputError
+from st_embfilter.layer import EmbedFilterLayer, check_placement
+from st_embfilter.metadata import METADATA_FILE, SPECTRUM_FILE
+
+MODULES_FILE: Final = "modules.json"
+
+_POOLING_KEYS: Final = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+}
+_ALWAYS_WRITTEN: Final = ("cls", "mean", "max", "mean_sqrt_len_tokens")
+
+
+def save_pretrained(
+    model: SentenceTransformer, path: str | os.PathLike[str], *, overwrite: bool = False
+) -> Path:
+    """Writes the portable folder; plain `SentenceTransformer(path)` loads it.
+
+    The folder appears complete or not at all: it is written beside the target and renamed. Files
+    of the backbone are copied unchanged from where it was loaded; a backbone whose weights are no
+    longer those is saved by transformers instead.
+
+    Args:
+        model: Transformer, Pooling, EmbedFilterLayer and optionally Normalize.
+        path: Target folder; must be missing or empty.
+        overwrite: Replace a model folder that is there already.
+
+    Returns:
+        The target folder.
+
+    Raises:
+        FormatError: If the model has other modules, which no portable folder can express.
+        OutputError: If the target is not empty, or cannot be written.
+    """
+    target = Path(path).absolute()
+    check_target(target, overwrite=overwrite)
+    files = portable_files(model)
+    source = source_folder(model)
+    if source is not None and source.resolve() == target.resolve():
+        raise OutputError(f"the output folder must not be the model's source, got {path}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        )
+    except OSError as error:
+        raise OutputError(f"cannot write to {target.parent}: {error.strerror or error}") from error
+    try:
+        _write_backbone(model, source, staging)
+        for name, content in files.items():
+            (staging / name).parent.mkdir(exist_ok=True)
+            (staging / name).write_bytes(content)
+        staging.chmod(0o755)
+        _replace(staging, target)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Checks that a folder may be written, before any work is done for it.
+
+    Raises:
+        OutputError: If it exists and is not empty, or is no model folder to overwrite.
+    """
+    if target.is_dir():
+        if not any(target.iterdir()):
+            return
+        if not overwrite:
+            raise OutputError(
+                f"the output folder must be missing or empty, got {target} with files in it; "
+                "choose another or pass overwrite (--overwrite)"
+            )
+        if not (target / MODULES_FILE).is_file():
+            raise OutputError(
+                f"only a model folder (with {MODULES_FILE}) is overwritten, got {target}; remove "
+                "it yourself if you mean it"
+            )
+    elif target.exists():
+        raise OutputError(f"the output must be a folder, got the file {target}")
+
+
+def portable_files(model: SentenceTransformer) -> dict[str, bytes]:
+    """Every small file of the portable folder by its relative path; all but the backbone's own.
+
+    Raises:
+        FormatError: If the model is not Transformer, Pooling, EmbedFilterLayer, [Normalize].
+    """
+    transformer, pooling, layer, normalize = _pipeline(model)
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense")]
+    if normalize:
+        modules.append(("Normalize", "3_Normalize"))
+    files = {
+        MODULES_FILE: _json(
+            [
+                {
+                    "idx": i,
+                    "name": str(i),
+                    "path": folder,
+                    "type": f"sentence_transformers.models.{name}",
+                }
+                for i, (name, folder) in enumerate(modules)
+            ]
+        ),
+        "sentence_bert_config.json": _json(
+            {
+                "max_seq_length": transformer.max_seq_length,
+                "do_lower_case": bool(getattr(transformer, "do_lower_case", False)),
+            }
+        ),
+        "config_sentence_transformers.json": _json(
+            {
+                "prompts": dict(model.prompts),
+                "default_prompt_name": model.default_prompt_name,
+                "similarity_fn_name": str(model.similarity_fn_name),
+            }
+        ),
+        "1_Pooling/config.json": _json(_pooling_config(pooling)),
+        "2_Dense/config.json": _json(layer.get_config_dict()),
+        "2_Dense/model.safetensors": save({"linear.weight": layer.projection.detach().cpu()}),
+        METADATA_FILE: layer.metadata.to_json().encode(),
+        "README.md": _readme(layer).encode(),
+    }
+    if layer.singular_values is not None:
+        files[SPECTRUM_FILE] = save({"singular_values": layer.singular_values.cpu()})
+    return files
+
+
+def _pipeline(
+    model: SentenceTransformer,
+) -> tuple[Transformer, Pooling, EmbedFilterLayer, bool]:
+    modules = list(model.children())
+    check_placement(modules)
+    kinds = (Transformer, Pooling, EmbedFilterLayer, Normalize)
+    fits = len(modules) in (3, 4) and all(
+        isinstance(module, kind) for module, kind in zip(modules, kinds, strict=False)
+    )
+    if not fits:
+        raise FormatError(
+            "a portable folder holds Transformer > Pooling > EmbedFilterLayer [> Normalize], got "
+            + " > ".join(type(module).__name__ for module in modules)
+            + "; save other pipelines with model.save_pretrained(path)"
+        )
+    return modules[0], modules[1], modules[2], len(modules) == 4  # type: ignore[return-value]
+
+
+def _pooling_config(pooling: Pooling) -> dict[str, Any]:
+    mode = pooling.pooling_mode
+    modes = (mode,) if isinstance(mode, str) else tuple(mode)
+    config: dict[str, Any] = {"word_embedding_dimension": pooling.embedding_dimension}
+    for name, key in _POOLING_KEYS.items():
+        if name in _ALWAYS_WRITTEN or name in modes:
+            config[key] = name in modes
+    if not pooling.include_prompt:
+        config["include_prompt"] = False
+    return config
+
+
+def _write_backbone(model: SentenceTransformer, source: Path | None, target: Path) -> None:
+    inner = backbone_model(model)
+    if source is not None and is_unchanged(inner, source):
+        for file in backbone_files(source):
+            shutil.copyfile(file, target / file.name)
+        patch = tokenizer_patch(source, model.tokenizer)
+        if patch is not None:
+            (target / TOKENIZER_CONFIG).write_bytes(patch)
+    else:
+        inner.save_pretrained(str(target))  # type: ignore[operator]
+        model.tokenizer.save_pretrained(str(target))
+
+
+def _replace(staging: Path, target: Path) -> None:
+    """Renames the complete folder into place."""
+    if not target.is_dir() or not any(target.iterdir()):
+        staging.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(old)  # onto an empty folder
+    try:
+        staging.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _readme(layer: EmbedFilterLayer) -> str:
+    source = layer.metadata.provenance
+    base = source.model_id or "a language model"
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags:
+- sentence-transformers
+- embedfilter
+---
+
+# EmbedFilter on {base}
+
+Text embeddings from {base}, reduced from {layer.in_features} to {layer.out_features} dimensions by
+[EmbedFilter](https://arxiv.org/abs/2606.07502): the {layer.metadata.band} band of the singular
+directions of `{source.tensor}`. No training, no data.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("path/to/this/folder")
+embeddings = model.encode(["A sentence."])  # {layer.out_features} dimensions
+```
+
+Any prefix of the embedding is the stronger filter of that width, e.g.
+`truncate_dim={layer.out_features // 2}`.
+"""
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,428 @@
+"""The spectrum of an unembedding matrix, and the bands of it that a filter keeps.
+
+Pure linear algebra on tensors: no Hub, no transformers. Source of the method: arXiv 2606.07502,
+section 4. W_U (V, d) is not centred; W_U = U S V^T with singular values in descending order. A
+filter needs only V, so the spectrum is taken from the Gram matrix W_U^T W_U = V S^2 V^T, summed
+over row blocks: O(d^2) memory instead of O(V d), and a fraction of the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Final, Literal, cast
+
+import numpy as np
+import torch
+from scipy.linalg import blas
+from torch import Tensor
+
+from st_embfilter.errors import BandError, UnembeddingError
+
+Precision = Literal["auto", "float32", "float64"]
+
+#: Largest expected sine of a principal angle that float32 blocks may cost before "auto" recomputes
+#: in float64.
+FLOAT32_TOLERANCE: Final = 5e-5
+
+_PROBES: Final = 4
+_PROBE_EVERY: Final = 8
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Right singular vectors and singular values of one unembedding matrix.
+
+    Attributes:
+        singular_values: (d,) float64, descending, >= 0.
+        directions: (d, d) float64; row i is the right singular vector of singular value i.
+        rounding: Measured root mean square error of one entry of the Gram matrix (0.0 where the
+            sums were float64 throughout).
+    """
+
+    singular_values: Tensor
+    directions: Tensor
+    rounding: float = 0.0
+
+    @property
+    def d(self) -> int:
+        """Width of the hidden state."""
+        return self.singular_values.shape[0]
+
+    def projection(self, band: Band) -> Tensor:
+        """The filter's matrix: the kept directions as rows, in nested order.
+
+        Returns:
+            (k, d) float32 with orthonormal rows; `embedding @ projection.T` is the filter.
+        """
+        return self.directions[band.indices(self.d)].to(torch.float32).contiguous()
+
+    def subspace_error(self, band: Band) -> float:
+        """Expected sine of the largest angle between this band's subspace and the exact one.
+
+        First-order perturbation of an invariant subspace: an error E of the Gram matrix turns kept
+        direction i towards dropped direction j by |v_i^T E v_j| / |s_i^2 - s_j^2|. The measured
+        rounding error stands for every |v_i^T E v_j|; the result is the Frobenius norm over all
+        pairs, an upper bound of the largest sine to first order.
+
+        Returns:
+            A value in [0, inf]; 0.0 for float64 sums, whose error is not measured.
+        """
+        if self.rounding == 0.0:
+            return 0.0
+        kept = torch.zeros(self.d, dtype=torch.bool)
+        kept[band.indices(self.d)] = True
+        squares = self.singular_values.square()
+        gaps = squares[kept][:, None] - squares[~kept][None, :]
+        return float(self.rounding * gaps.abs().reciprocal().square().sum().sqrt())
+
+
+class GramAccumulator:
+    """Sums W^T W over row blocks.
+
+    The sum itself is always float64. Inside a block the products are float64, or float32 for speed,
+    where the rounding error is measured on every eighth block against float64 products with random
+    probe vectors.
+
+    Args:
+        d: Number of columns of W.
+        block_dtype: torch.float32 or torch.float64, the arithmetic inside a block.
+        device: Where the products are computed.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        *,
+        block_dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.rows = 0
+        self.block_dtype = block_dtype
+        self.device = torch.device(device)
+        self._sum = torch.zeros((d, d), dtype=torch.float64, device=self.device)
+        self._blocks = 0
+        self._probed = 0
+        self._squared_error = 0.0
+        self._probes = _sign_probes(d)
+
+    @property
+    def d(self) -> int:
+        """Number of columns."""
+        return self._sum.shape[0]
+
+    def update(self, block: Tensor) -> None:
+        """Adds block^T block.
+
+        Args:
+            block: (n, d), any floating dtype.
+
+        Raises:
+            UnembeddingError: If the block holds NaN or Inf; the message names the first such row.
+        """
+        if block.ndim != 2 or block.shape[1] != self.d:
+            raise UnembeddingError(
+                f"every block of W_U must have shape (n, {self.d}), got {tuple(block.shape)}"
+            )
+        work = block.to(self.device, self.block_dtype)
+        product = _gram(work)
+        if not bool(torch.isfinite(product.diagonal()).all()):
+            product = self._gram_of_suspect(block)
+        self._sum += product
+        if self.block_dtype != torch.float64 and self._blocks % _PROBE_EVERY == 0:
+            self._measure(block, product)
+        self.rows += block.shape[0]
+        self._blocks += 1
+
+    def spectrum(self) -> Spectrum:
+        """The eigendecomposition of the sum.
+
+        Raises:
+            UnembeddingError: If fewer rows than columns were seen, or the matrix is all zero.
+        """
+        if self.rows < self.d:
+            raise UnembeddingError(
+                "an unembedding matrix needs at least as many rows (tokens) as columns (hidden "
+                f"size), got shape ({self.rows}, {self.d}); check that this is the output embedding"
+            )
+        # Only the lower triangle is filled; eigh reads no other.
+        eigenvalues, eigenvectors = torch.linalg.eigh(self._sum, UPLO="L")
+        eigenvalues, eigenvectors = eigenvalues.cpu(), eigenvectors.cpu()
+        if float(eigenvalues[-1]) <= 0.0:
+            raise UnembeddingError(
+                "the unembedding matrix is all zero, so it has no directions to keep; check that "
+                "the checkpoint holds trained weights"
+            )
+        directions = _fix_signs(eigenvectors.flip(1).T.contiguous())
+        return Spectrum(
+            singular_values=eigenvalues.flip(0).clamp(min=0.0).sqrt(),
+            directions=directions,
+            rounding=self._rounding(),
+        )
+
+    def _gram_of_suspect(self, block: Tensor) -> Tensor:
+        bad = ~torch.isfinite(block.float() if block.dtype.itemsize < 4 else block).all(dim=1)
+        if bool(bad.any()):
+            row = self.rows + int(bad.nonzero()[0])
+            raise UnembeddingError(
+                f"the unembedding matrix must be finite, got NaN or Inf first in row {row} (token "
+                f"id {row}); the checkpoint is damaged or was trained to divergence"
+            )
+        # Finite entries whose float32 squares overflow: this block is summed in float64.
+        return _gram(block.to(self.device, torch.float64))
+
+    def _measure(self, block: Tensor, product: Tensor) -> None:
+        exact = block.to(torch.float64)
+        exact_action = exact.T @ (exact @ self._probes)
+        lower = product.to("cpu", torch.float64).tril()
+        action = lower @ self._probes + lower.tril(-1).T @ self._probes
+        # E |E x|^2 = |E|_F^2 for random signs x (Hutchinson).
+        self._squared_error += float((action - exact_action).square().sum()) / _PROBES
+        self._probed += 1
+
+    def _rounding(self) -> float:
+        if self._probed == 0:
+            return 0.0
+        # Errors of different blocks are independent, so their squares add up.
+        total = self._squared_error * self._blocks / self._probed
+        return math.sqrt(total) / self.d
+
+
+def spectrum_of(
+    blocks: Callable[[], Iterable[Tensor]],
+    d: int,
+    *,
+    band: Band | None = None,
+    precision: Precision = "float64",
+    device: torch.device | str = "cpu",
+) -> Spectrum:
+    """The spectrum of a matrix that is given as row blocks.
+
+    Args:
+        blocks: Called for each pass over the matrix; yields (n, d) row blocks in order.
+        d: Number of columns.
+        band: The band that "auto" must get right.
+        precision: "float64"; "float32" inside blocks; or "auto": float32, and float64 if the
+            measured rounding error would turn the band by more than `FLOAT32_TOLERANCE`.
+        device: Where the products are computed.
+
+    Raises:
+        UnembeddingError: If the matrix is not finite, all zero, or has fewer rows than columns.
+    """
+    first = torch.float64 if precision == "float64" else torch.float32
+    spectrum = _accumulate(blocks(), d, first, device)
+    if precision == "auto" and spectrum.subspace_error(band or Band()) > FLOAT32_TOLERANCE:
+        spectrum = _accumulate(blocks(), d, torch.float64, device)
+    return spectrum
+
+
+def spectrum_of_weight(weight: Tensor, *, rows_per_block: int = 8192) -> Spectrum:
+    """The spectrum of a matrix in memory, in float64.
+
+    Args:
+        weight: W_U, (V, d), any floating dtype.
+        rows_per_block: Rows that are converted to float64 at a time.
+    """
+    if weight.ndim != 2:
+        raise UnembeddingError(f"W_U must have shape (V, d), got {tuple(weight.shape)}")
+    return spectrum_of(lambda: weight.detach().split(rows_per_block), weight.shape[1])
+
+
+def _accumulate(
+    blocks: Iterable[Tensor], d: int, dtype: torch.dtype, device: torch.device | str
+) -> Spectrum:
+    gram = GramAccumulator(d, block_dtype=dtype, device=device)
+    for block in blocks:
+        gram.update(block)
+    return gram.spectrum()
+
+
+def _gram(block: Tensor) -> Tensor:
+    """block^T block; on the CPU only the lower triangle, by BLAS syrk: half the products."""
+    if block.device.type != "cpu":
+        return block.T @ block
+    syrk = blas.ssyrk if block.dtype == torch.float32 else blas.dsyrk
+    # The transpose of a C-ordered block is the Fortran-ordered (d, n) that BLAS wants, uncopied;
+    # the upper triangle of the Fortran-ordered result is the lower one in C order.
+    rows = block.contiguous().numpy()
+    return torch.from_numpy(cast("np.ndarray", syrk(1.0, rows.T, lower=0)).T)
+
+
+def _sign_probes(d: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 2, (d, _PROBES), generator=generator).to(torch.float64) * 2 - 1
+
+
+def _fix_signs(directions: Tensor) -> Tensor:
+    """Makes the first entry of (nearly) largest magnitude of each row positive.
+
+    "Nearly" keeps exact ties, e.g. rows of +-1/sqrt(d), independent of the last bits.
+    """
+    magnitude = directions.abs()
+    candidate = magnitude >= magnitude.amax(dim=1, keepdim=True) * 0.999
+    first = candidate.to(torch.uint8).argmax(dim=1, keepdim=True)
+    return directions * torch.where(directions.gather(1, first) < 0, -1.0, 1.0)
+
+
+Family = Literal["bulk", "offset", "dominant", "secondary", "edges", "random"]
+
+#: What each family keeps.
+FAMILIES: Final[dict[str, str]] = {
+    "bulk": "the middle of the spectrum, the paper's symmetric window",
+    "offset": "a window from a fixed start, e.g. offset:128 for Mistral",
+    "dominant": "the largest singular values",
+    "secondary": "the smallest singular values",
+    "edges": "both ends of the spectrum",
+    "random": "random directions, e.g. random:7 with seed 7",
+}
+
+
+@dataclass(frozen=True)
+class Band:
+    """Which singular directions a filter keeps, named by what it keeps.
+
+    `indices` gives them in nested order: the first k' of them are the same family's band of width
+    k', so a prefix of the filtered embedding is the stronger filter.
+
+    Attributes:
+        family: One of `FAMILIES`.
+        keep: Ratio in (0, 1], rounded as in the paper (k = d // tau), or a width as an int >= 1.
+        offset: Start of the window, for family "offset" only.
+        seed: Seed, for family "random" only (default 0).
+
+    Raises:
+        BandError: For an unknown family, a `keep` out of range or a parameter of another family.
+    """
+
+    family: str = "bulk"
+    keep: float | int = 0.5
+    offset: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise BandError(f"band must be one of {', '.join(FAMILIES)}, got {self.family!r}")
+        object.__setattr__(self, "keep", _checked_keep(self.keep))
+        if (self.offset is not None) != (self.family == "offset"):
+            raise BandError(
+                "offset= belongs to family 'offset' and only there, got "
+                f"family {self.family!r} with offset {self.offset!r}; write e.g. band='offset:128'"
+            )
+        if self.offset is not None and (
+            isinstance(self.offset, bool) or not isinstance(self.offset, int) or self.offset < 0
+        ):
+            raise BandError(f"offset must be an int >= 0, got {self.offset!r}")
+        if self.family == "random":
+            object.__setattr__(self, "seed", 0 if self.seed is None else int(self.seed))
+        elif self.seed is not None:
+            raise BandError(f"seed= belongs to family 'random', got family {self.family!r}")
+
+    @classmethod
+    def parse(cls, band: str | Band, keep: float | int = 0.5) -> Band:
+        """A band from its name, e.g. "bulk", "offset:128" or "random:7".
+
+        Args:
+            band: The name, or a `Band`, which is returned as it is.
+            keep: As in the class; a `Band` brings its own.
+        """
+        if isinstance(band, Band):
+            if keep not in (0.5, band.keep):
+                raise BandError(
+                    f"a Band brings its own keep ({band.keep!r}), got keep={keep!r} beside it; "
+                    "give one of them"
+                )
+            return band
+        family, colon, value = band.partition(":")
+        if not colon:
+            return cls(family, keep)
+        try:
+            number = int(value)
+        except ValueError:
+            number = -1
+        if number < 0 or family not in ("offset", "random"):
+            raise BandError(f"band must look like 'bulk', 'offset:128' or 'random:7', got {band!r}")
+        if family == "offset":
+            return cls(family, keep, offset=number)
+        return cls(family, keep, seed=number)
+
+    def __str__(self) -> str:
+        parameter = self.offset if self.family == "offset" else self.seed
+        return self.family if parameter is None else f"{self.family}:{parameter}"
+
+    def width(self, d: int) -> int:
+        """Number of kept directions k of d.
+
+        Raises:
+            BandError: If the band does not fit into d directions.
+        """
+        if isinstance(self.keep, int):
+            k = self.keep
+        else:
+            # The exact fraction: floor(d * 1/3) must be d // 3 in spite of binary rounding.
+            k = math.floor(d * Fraction(self.keep).limit_denominator(1_000_000))
+        if not 1 <= k <= d:
+            raise BandError(f"keep must be in (0, 1] or an int in [1, {d}], got {self.keep!r}")
+        if self.offset is not None and self.offset + k > d:
+            raise BandError(
+                f"offset + k must be at most {d}, got offset {self.offset} + k {k}; "
+                f"keep at most {d - self.offset} directions from this offset"
+            )
+        return k
+
+    def start(self, d: int) -> int | None:
+        """First kept singular direction of a contiguous band, None for the other families."""
+        k = self.width(d)
+        starts = {"bulk": (d - k) // 2, "offset": self.offset, "dominant": 0, "secondary": d - k}
+        return starts.get(self.family)
+
+    def indices(self, d: int) -> Tensor:
+        """The kept directions in nested order.
+
+        Returns:
+            (k,) int64 indices into the descending spectrum, without repetition.
+        """
+        k = self.width(d)
+        if self.family == "offset":
+            return torch.arange(operator.index(cast("int", self.offset)), d)[:k]
+        return _growth_order(self.family, d, self.seed)[:k]
+
+    def at(self, k: int) -> Band:
+        """The same family at another width."""
+        return replace(self, keep=k)
+
+
+def _growth_order(family: str, d: int, seed: int | None) -> Tensor:
+    """All d directions in the order in which the family's windows grow."""
+    if family == "dominant":
+        return torch.arange(d)
+    if family == "secondary":
+        return torch.arange(d).flip(0)
+    if family == "random":
+        return torch.randperm(d, generator=torch.Generator().manual_seed(cast("int", seed)))
+    # bulk: window k starts at (d - k) // 2, so it grows right, left, right, ... from the middle.
+    steps = torch.arange(d)
+    middle = (d - 1) // 2
+    distance = (steps + 1) // 2
+    rightwards = steps % 2 == (1 if d % 2 == 0 else 0)
+    bulk = torch.where(rightwards, middle + distance, middle - distance)
+    # edges keeps what the bulk drops, so it grows in the opposite order.
+    return bulk.flip(0) if family == "edges" else bulk
+
+
+def _checked_keep(keep: float | int) -> float | int:
+    number: float | int
+    try:
+        number = operator.index(keep)  # type: ignore[arg-type]
+    except TypeError:
+        try:
+            number = float(keep)
+        except (TypeError, ValueError):
+            number = math.nan
+    is_ratio = isinstance(number, float) and 0.0 < number <= 1.0
+    is_width = isinstance(number, int) and number >= 1
+    if isinstance(keep, bool) or not (is_ratio or is_width):
+        raise BandError(f"keep must be a ratio in (0, 1] or an int >= 1, got {keep!r}")
+    return number

@@ -1,0 +1,373 @@
+"""Find the unembedding matrix W_U of a language model and stream it.
+
+Which tensor it is comes from transformers itself: the output embedding of the model, built from its
+config on the meta device with weights tied, so no list of names has to be kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+from st_embfilter.checkpoint import Checkpoint, StoredTensor, open_folder
+from st_embfilter.errors import UnembeddingError
+from st_embfilter.spectrum import Band, Precision, Spectrum, spectrum_of
+
+logger = logging.getLogger(__name__)
+
+#: Called with (bytes done, bytes in all) after each block that is read.
+Progress = Callable[[int, int], None]
+
+_BLOCK_BYTES: Final = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which unembedding matrix a filter was made from.
+
+    Attributes:
+        tensor: Name of the tensor in the checkpoint.
+        shape: (V, d).
+        dtype: Stored dtype, e.g. "bfloat16".
+        tied: Whether the model shares it with its input embedding.
+        sha256: Hash of the tensor's stored bytes, row by row, little-endian.
+        model_id: Hub id, or the name of a local folder; None for a bare tensor.
+        revision: Commit hash on the Hub, where known.
+    """
+
+    tensor: str
+    shape: tuple[int, int]
+    dtype: str
+    tied: bool
+    sha256: str
+    model_id: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """A found unembedding matrix that can be streamed.
+
+    Attributes:
+        stored: The matrix.
+        tied: Whether the model shares it with its input embedding.
+        model_id: Hub id, or the name of a local folder; None for a bare tensor.
+        revision: Commit hash on the Hub, where known.
+    """
+
+    stored: StoredTensor
+    tied: bool = False
+    model_id: str | None = None
+    revision: str | None = None
+
+    @property
+    def d(self) -> int:
+        """Width of the hidden state."""
+        return self.stored.shape[1]
+
+    def blocks(self, rows: int | None = None) -> Iterator[Tensor]:
+        """Row blocks in order, each read while the one before is worked on.
+
+        Args:
+            rows: Rows of a block; by default as many as fill 64 MiB in float64.
+
+        Yields:
+            (n, d) tensors in the stored dtype, on the CPU.
+        """
+        total = self.stored.shape[0]
+        rows = rows or max(256, _BLOCK_BYTES // (8 * self.d))
+        spans = [(first, min(first + rows, total)) for first in range(0, total, rows)]
+        with ThreadPoolExecutor(1, thread_name_prefix="read-unembedding") as reader:
+            upcoming = reader.submit(self.stored.read_rows, *spans[0])
+            for span in [*spans[1:], None]:
+                block = upcoming.result()
+                if span is not None:
+                    upcoming = reader.submit(self.stored.read_rows, *span)
+                yield block
+
+    def fit(
+        self,
+        band: Band | None = None,
+        *,
+        precision: Precision | None = None,
+        device: torch.device | str = "cpu",
+        progress: Progress | None = None,
+    ) -> tuple[Spectrum, Provenance]:
+        """Spectrum and provenance, in one pass over the matrix.
+
+        Args:
+            band: The band that must be exact.
+            precision: Arithmetic inside a block, see `spectrum_of`. By default "auto" for matrices
+                stored in 16 bits or less with more than 64 MiB, and "float64" for all others.
+            device: Where the products are computed.
+            progress: Called after each block.
+        """
+        digest = hashlib.sha256()
+        passes = 0
+
+        def hashed_blocks() -> Iterator[Tensor]:
+            nonlocal passes
+            passes += 1
+            done = 0
+            for block in self.blocks():
+                if passes == 1:
+                    digest.update(_bytes(block))
+                yield block
+                done += block.nbytes
+                if progress is not None:
+                    progress(done, self.stored.nbytes)
+
+        if precision is None:
+            large = self.stored.nbytes > _BLOCK_BYTES
+            precision = "auto" if large and self.stored.dtype.itemsize <= 2 else "float64"
+        spectrum = spectrum_of(hashed_blocks, self.d, band=band, precision=precision, device=device)
+        if passes > 1:
+            logger.info("float32 blocks were not exact enough for this band; summed in float64")
+        return spectrum, self._provenance(digest.hexdigest())
+
+    def provenance(self, dtype: torch.dtype | None = None) -> Provenance:
+        """Provenance alone: one pass that only hashes.
+
+        Args:
+            dtype: Hash the matrix as if stored in this dtype; exact for a model that was loaded in
+                a wider one.
+        """
+        digest = hashlib.sha256()
+        for block in self.blocks():
+            digest.update(_bytes(block if dtype is None else block.to(dtype)))
+        return self._provenance(digest.hexdigest())
+
+    def _provenance(self, sha256: str) -> Provenance:
+        return Provenance(
+            tensor=self.stored.name,
+            shape=self.stored.shape,
+            dtype=str(self.stored.dtype).removeprefix("torch."),
+            tied=self.tied,
+            sha256=sha256,
+            model_id=self.model_id,
+            revision=self.revision,
+        )
+
+
+def unembedding_of_tensor(weight: Tensor, name: str = "weight") -> Unembedding:
+    """An unembedding matrix given as a tensor (V, d)."""
+    return Unembedding(StoredTensor.of(name, weight))
+
+
+def unembedding_of_model(model: nn.Module) -> Unembedding:
+    """The unembedding matrix of a live transformers model.
+
+    Args:
+        model: A model with `get_output_embeddings()`; a causal LM, not its headless backbone.
+
+    Raises:
+        UnembeddingError: If it has no output embedding.
+    """
+    names, tied, weight = _output_embedding(model)
+    config = getattr(model, "config", None)
+    model_id, revision = model_identity(
+        getattr(config, "_name_or_path", "") or None, getattr(config, "_commit_hash", None)
+    )
+    return Unembedding(StoredTensor.of(names[0], weight), tied, model_id, revision)
+
+
+def unembedding_of_folder(
+    folder: str | os.PathLike[str], *, trust_remote_code: bool = False
+) -> Unembedding:
+    """The unembedding matrix in a local checkpoint folder; the model is not loaded.
+
+    Args:
+        folder: Holds `config.json` and the weights.
+        trust_remote_code: Allow model code of the checkpoint to run (it names the tensor).
+
+    Raises:
+        UnembeddingError: If the folder, its head or its weights are missing or unfit.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UnembeddingError(f"a model folder must exist, got {folder}; check the path")
+    if not (folder / "config.json").is_file():
+        raise UnembeddingError(
+            f"a model folder must hold config.json, got none in {folder}; give the folder of a "
+            "transformers checkpoint"
+        )
+    config = _load_config(folder, trust_remote_code)
+    model = meta_model(config, trust_remote_code=trust_remote_code)
+    checkpoint = open_folder(folder)
+    stored, tied = find_output_embedding(model, checkpoint, str(folder))
+    return Unembedding(stored, tied, *model_identity(str(folder), None))
+
+
+def meta_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> nn.Module:
+    """The causal LM of a config without weights, on the meta device.
+
+    Raises:
+        UnembeddingError: If the config describes no decoder language model.
+    """
+    model_type = getattr(config, "model_type", type(config).__name__)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnembeddingError(
+            f"EmbedFilter needs a decoder language model, got the encoder-decoder {model_type!r}"
+        )
+    masked = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and not getattr(config, "is_decoder", False):
+        raise UnembeddingError(
+            "EmbedFilter needs a decoder language model, got the encoder-only model type "
+            f"{model_type!r}; its embeddings are not read by an unembedding matrix"
+        )
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+        raise UnembeddingError(
+            f"EmbedFilter needs a model that AutoModelForCausalLM can build, got model type "
+            f"{model_type!r}: {_first_line(error)}"
+        ) from error
+    tie = getattr(model, "tie_weights", None)
+    if callable(tie):
+        tie()
+    return model
+
+
+def find_output_embedding(
+    model: nn.Module, checkpoint: Checkpoint, where: str
+) -> tuple[StoredTensor, bool]:
+    """The stored tensor that transformers would load as the model's output embedding.
+
+    Args:
+        model: From `meta_model`.
+        checkpoint: The named tensors.
+        where: Names the checkpoint in errors.
+
+    Returns:
+        The matrix, and whether it is tied to the input embedding.
+
+    Raises:
+        UnembeddingError: If none of its names is stored, or its shape is not the model's.
+    """
+    names, tied, weight = _output_embedding(model)
+    stored_as = _stored_names(model, checkpoint.names)
+    for name in names:
+        if name in stored_as:
+            stored = checkpoint.tensor(stored_as[name])
+            break
+    else:
+        raise UnembeddingError(
+            f"the checkpoint must hold the output embedding ({' or '.join(names)}), got "
+            f"{len(checkpoint.names)} other tensors in {where}; a backbone saved without its "
+            "language-model head has no unembedding matrix unless the two are tied"
+        )
+    if stored.shape != tuple(weight.shape):
+        raise UnembeddingError(
+            f"the output embedding must have the shape of the config, {tuple(weight.shape)}, got "
+            f"{stored.shape} for {stored.name!r} in {where}"
+        )
+    return stored, tied
+
+
+def model_identity(name_or_path: str | None, revision: str | None) -> tuple[str | None, str | None]:
+    """Hub id and commit of a model, without a path of this machine.
+
+    A folder of the Hub cache is read as the repository it caches; of any other folder only the
+    name remains.
+    """
+    if name_or_path is None or not os.path.isdir(name_or_path):
+        return name_or_path, revision
+    path = Path(name_or_path).absolute()
+    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})", str(path))
+    if cached:
+        return cached[1].replace("--", "/", 1), cached[2]
+    return path.resolve().name, revision
+
+
+def _output_embedding(model: nn.Module) -> tuple[list[str], bool, Tensor]:
+    """Names of the output embedding's weight (its own first, then tied ones), tied or not."""
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    weight = getattr(output, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise UnembeddingError(
+            "EmbedFilter needs a language model with an output embedding, got "
+            f"{type(model).__name__}, which has none; give the causal LM, not its backbone"
+        )
+    modules = {id(module): name for name, module in model.named_modules()}
+    own = f"{modules.get(id(output), '')}.weight".lstrip(".")
+    shared = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter is weight and name != own
+    ]
+    get_input = getattr(model, "get_input_embeddings", None)
+    try:
+        given = get_input() if callable(get_input) else None
+    except NotImplementedError:
+        given = None
+    tied = getattr(given, "weight", None) is weight
+    return [own, *shared], tied, weight
+
+
+def _stored_names(model: nn.Module, keys: frozenset[str]) -> dict[str, str]:
+    """Maps names of the model's parameters to keys of a checkpoint, as loading it would."""
+    state = model.state_dict()
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    renamings = _key_renamings(model)
+    mapping: dict[str, str] = {}
+    for key in sorted(keys):
+        name = key
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        if name not in state and f"{prefix}.{name}" in state:
+            name = f"{prefix}.{name}"
+        elif name not in state and prefix and name.removeprefix(f"{prefix}.") in state:
+            name = name.removeprefix(f"{prefix}.")
+        mapping.setdefault(name, key)
+    return mapping
+
+
+def _key_renamings(model: nn.Module) -> list[Any]:
+    """Key renamings that transformers applies when it loads this model (transformers >= 5)."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:
+        return []
+    return [
+        item
+        for item in get_model_conversion_mapping(cast("Any", model))
+        if type(item) is WeightRenaming
+    ]
+
+
+def _load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # configs of strangers fail in many ways, all mean the same
+        raise UnembeddingError(
+            f"config.json in {folder} must describe a model that transformers knows, got: "
+            f"{_first_line(error)}"
+        ) from error
+    return config
+
+
+def _bytes(block: Tensor) -> memoryview:
+    return memoryview(cast("Any", block.contiguous().view(torch.uint8).numpy())).cast("B")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
