@@ -275,7 +275,8 @@ def parse_index(data: bytes, file: str) -> dict[str, str]:
     if not isinstance(files, dict) or not files:
         raise UnembeddingError(f"{file} must hold a non-empty object 'weight_map', got {files!r}")
     for shard in files.values():
-        if not isinstance(shard, str) or PurePosixPath(shard).name != shard or "\\" in shard:
+        plain = isinstance(shard, str) and PurePosixPath(shard).name == shard
+        if not plain or shard in ("", "..") or "\\" in shard:
             raise UnembeddingError(
                 f"every file in the weight_map of {file} must be a plain file name, got {shard!r}"
             )

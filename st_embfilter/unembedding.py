@@ -77,11 +77,14 @@ class Unembedding:
         """Width of the hidden state."""
         return self.stored.shape[1]
 
-    def blocks(self, rows: int | None = None) -> Iterator[Tensor]:
+    def blocks(
+        self, rows: int | None = None, *, seen: Callable[[Tensor], object] | None = None
+    ) -> Iterator[Tensor]:
         """Row blocks in order, each read while the one before is worked on.
 
         Args:
             rows: Rows of a block; by default as many as fill 64 MiB in float64.
+            seen: Called with each block in order, in the thread that reads.
 
         Yields:
             (n, d) tensors in the stored dtype, on the CPU.
@@ -89,12 +92,19 @@ class Unembedding:
         total = self.stored.shape[0]
         rows = rows or max(256, _BLOCK_BYTES // (8 * self.d))
         spans = [(first, min(first + rows, total)) for first in range(0, total, rows)]
+
+        def read(first: int, last: int) -> Tensor:
+            block = self.stored.read_rows(first, last)
+            if seen is not None:
+                seen(block)
+            return block
+
         with ThreadPoolExecutor(1, thread_name_prefix="read-unembedding") as reader:
-            upcoming = reader.submit(self.stored.read_rows, *spans[0])
+            upcoming = reader.submit(read, *spans[0])
             for span in [*spans[1:], None]:
                 block = upcoming.result()
                 if span is not None:
-                    upcoming = reader.submit(self.stored.read_rows, *span)
+                    upcoming = reader.submit(read, *span)
                 yield block
 
     def fit(
@@ -121,9 +131,8 @@ class Unembedding:
             nonlocal passes
             passes += 1
             done = 0
-            for block in self.blocks():
-                if passes == 1:
-                    digest.update(_bytes(block))
+            hashing = (lambda block: digest.update(_bytes(block))) if passes == 1 else None
+            for block in self.blocks(seen=hashing):
                 yield block
                 done += block.nbytes
                 if progress is not None:

@@ -1,0 +1,157 @@
+"""Time and peak memory of building a filter, against a full SVD, in one run.
+
+Writes bfloat16 checkpoints of real models' shapes once (random matrices with the singular values
+of the demo LM, stretched to the width), then runs every method in a fresh process and reports the
+seconds after the imports and the growth of the process's peak memory.
+
+    python benchmarks/build.py --shape qwen2.5-0.5b --shape llama-3.1-8b
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEMO_LM = REPOSITORY / "examples" / "openstax-lm"
+SHAPES = {
+    "qwen2.5-0.5b": ("qwen2", 151_936, 896),
+    "llama-3.1-8b": ("llama", 128_256, 4_096),
+    "small": ("llama", 32_000, 512),
+}
+METHODS = {
+    "ours": "st_embfilter.build_filter",
+    "ours-float64": "st_embfilter.build_filter, float64 blocks",
+    "torch-svd": "torch.linalg.svd(W.float(), full_matrices=False)",
+    "scipy-svd": "scipy.linalg.svd(W, full_matrices=False), float32",
+    "sklearn-truncated": "sklearn TruncatedSVD(k = d - 1, randomized)",
+    "read": "floor: reading the bytes of W_U",
+    "multiply": "floor: the products of W^T W at the machine's float32 peak (half of 2 V d^2)",
+}
+
+
+def checkpoint(shape: str, cache: Path) -> Path:
+    """Writes config.json and the one tensor of a checkpoint; returns its folder."""
+    model_type, rows, d = SHAPES[shape]
+    folder = cache / shape
+    if (folder / "model.safetensors").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": model_type,
+        "vocab_size": rows,
+        "hidden_size": d,
+        "num_attention_heads": d // 64,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": d,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    demo = load_file(DEMO_LM / "model.safetensors")["model.embed_tokens.weight"].float()
+    profile = torch.linalg.svdvals(demo)
+    singular = torch.nn.functional.interpolate(
+        profile.log()[None, None], size=d, mode="linear", align_corners=True
+    )[0, 0].exp()
+    basis = torch.linalg.qr(torch.randn(d, d))[0]
+    mix = (singular / rows**0.5)[:, None] * basis
+    weight = torch.empty(rows, d, dtype=torch.bfloat16)
+    for part in weight.split(8192):
+        part.copy_((torch.randn(part.shape[0], d) @ mix).bfloat16())
+    partial = folder / "model.safetensors.tmp"
+    save_file({"model.embed_tokens.weight": weight}, partial, metadata={"format": "pt"})
+    partial.rename(folder / "model.safetensors")
+    return folder
+
+
+def run(method: str, folder: Path) -> dict[str, float]:
+    """Runs one method in this process."""
+    file = folder / "model.safetensors"
+    name = "model.embed_tokens.weight"
+    if method.startswith("ours"):
+        from st_embfilter.build import build_filter
+    else:
+        import scipy.linalg
+        from sklearn.decomposition import TruncatedSVD
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    if method == "ours":
+        build_filter(folder, show_progress_bar=False)
+    elif method == "ours-float64":
+        build_filter(folder, precision="float64", show_progress_bar=False)
+    elif method == "torch-svd":
+        torch.linalg.svd(load_file(file)[name].float(), full_matrices=False)
+    elif method == "scipy-svd":
+        scipy.linalg.svd(load_file(file)[name].float().numpy(), full_matrices=False)
+    elif method == "sklearn-truncated":
+        weight = load_file(file)[name].float().numpy()
+        TruncatedSVD(weight.shape[1] - 1, n_iter=5, random_state=0).fit(weight)
+    elif method == "read":
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(2**24):
+                pass
+    elif method == "multiply":
+        from scipy.linalg import blas
+
+        _, rows, d = next(s for s in SHAPES.values() if s[2] == _width(folder))
+        block = torch.randn(4096, d).numpy()
+        blas.ssyrk(1.0, block.T)
+        once = time.perf_counter()
+        blas.ssyrk(1.0, block.T)
+        start = time.perf_counter() - (time.perf_counter() - once) * rows / 4096
+    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "mib": (after - before) / 1024}
+
+
+def _width(folder: Path) -> int:
+    return int(json.loads((folder / "config.json").read_text())["hidden_size"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", action="append", choices=SHAPES)
+    parser.add_argument("--method", action="append", choices=METHODS)
+    parser.add_argument("--repeat", type=int, default=1, help="best of N runs of each method")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path.home() / ".cache" / "st-embfilter-bench",
+    )
+    parser.add_argument("--child", nargs=2, metavar=("METHOD", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(run(args.child[0], Path(args.child[1]))))
+        return
+    for shape in args.shape or ["qwen2.5-0.5b", "llama-3.1-8b"]:
+        folder = checkpoint(shape, args.cache)
+        _, rows, d = SHAPES[shape]
+        print(f"\n{shape}: W_U {rows:,} x {d:,} bfloat16, {torch.get_num_threads()} threads")
+        print(f"{'':58} {'seconds':>8} {'MiB':>7} {'time':>6} {'memory':>7}")
+        results = {}
+        for method in args.method or ["ours", "ours-float64", "torch-svd", "read", "multiply"]:
+            command = [sys.executable, __file__, "--child", method, str(folder)]
+            runs = [
+                json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+                for _ in range(args.repeat)
+            ]
+            results[method] = best = min(runs, key=lambda result: result["seconds"])
+            ours = results.get("ours", best)
+            print(
+                f"{METHODS[method]:58.58} {best['seconds']:8.2f} {best['mib']:7.0f} "
+                f"{best['seconds'] / ours['seconds']:5.1f}x {best['mib'] / ours['mib']:6.1f}x",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
