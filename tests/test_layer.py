@@ -17,7 +17,7 @@ from st_embfilter.errors import FormatError, PlacementError, ShapeError
 from st_embfilter.layer import EmbedFilterLayer, check_placement
 from st_embfilter.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.spectrum import Band, spectrum_of_weight
-from tests.conftest import TEXTS, MakeLM, planted
+from tests.conftest import TEXTS, MakeLM, planted, same
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_round_trip_through_sentence_transformers(make_lm: MakeLM, tmp_path: Pat
         SentenceTransformer(str(tmp_path / "own"), device="cpu")
     again = SentenceTransformer(str(tmp_path / "own"), trust_remote_code=True, device="cpu")
     assert isinstance(again[2], EmbedFilterLayer)
-    assert (again.encode(TEXTS) == model.encode(TEXTS)).all()
+    assert same(again.encode(TEXTS), model.encode(TEXTS))
 
 
 # Metadata ----------------------------------------------------------------------------------------
