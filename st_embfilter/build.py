@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils.tqdm import tqdm
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Module, Normalize, Pooling
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from st_embfilter.backbone import (
     DEFAULT_MAX_SEQ_LENGTH,
@@ -338,7 +338,7 @@ def _progress(unembedding: Unembedding, show: bool) -> Iterator[Progress]:
         unit="B",
         unit_scale=True,
         desc=f"Spectrum of {unembedding.stored.name}",
-        disable=True if not show else None,
+        disable=None if show else True,  # None: only where a person watches
     ) as bar:
 
         def update(done: int, total: int) -> None:

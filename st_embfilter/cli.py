@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,12 +52,9 @@ app = typer.Typer(
 
 
 @app.callback()
-def _options(
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress bars and no warnings.")
-    ] = False,
-) -> None:
-    _set_quiet(quiet)
+def _root() -> None:
+    # A callback keeps typer from promoting a lone command to the root.
+    pass
 
 
 def parse_keep(text: str) -> float | int:
@@ -75,6 +74,7 @@ Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal languag
 Keep = Annotated[
     str, typer.Option(help="Ratio of directions kept (0.5, 1/4) or their number (448).")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no warnings.")]
 BandName = Annotated[
     str,
     typer.Option(
@@ -100,9 +100,11 @@ def build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model folder that is there.")
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Build a filtered embedding model and save it as a portable folder."""
     width = parse_keep(keep)
+    _quiet_libraries(model, quiet)
     from st_embfilter.build import from_causal_lm
     from st_embfilter.layer import filter_of
     from st_embfilter.publish import check_target, save_pretrained
@@ -118,6 +120,7 @@ def build(
         revision=revision,
         trust_remote_code=trust_remote_code,
         device="cpu",
+        show_progress_bar=not quiet,
     )
     save_pretrained(filtered, output, overwrite=overwrite)
     layer = filter_of(filtered)
@@ -130,6 +133,7 @@ def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a filtered model.")],
 ) -> None:
     """Show backbone, window, spectrum and hashes of a filtered model."""
+    _quiet_libraries(model, quiet=False)
     from st_embfilter.build import load_filter
 
     layer = load_filter(model)
@@ -150,6 +154,55 @@ def inspect(
     for name, value in rows.items():
         table.add_row(name, _escape(value))
     out.print(table, highlight=False)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        Path | None, typer.Option(help="Causal LM to filter; by default the checkout's own.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Texts to measure on; by default the checkout's own.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Keep the filtered model here.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Filter a small real language model and show what changes."""
+    _quiet_libraries(model or ".", quiet)
+    from st_embfilter.demo import DEMO_LM, DEMO_TEXTS, run_demo
+    from st_embfilter.publish import check_target
+
+    if output is not None:
+        check_target(output, overwrite=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = output or Path(temporary) / "model"
+        result = run_demo(
+            folder,
+            model=model or DEMO_LM,
+            data=data or DEMO_TEXTS,
+            show_progress_bar=not quiet,
+        )
+    table = Table(title="Scores x 100", title_justify="left")
+    for column in ("", "dims", *result.rows[0].scores):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in result.rows:
+        scores = [f"{score:.1f}" for score in row.scores.values()]
+        table.add_row(row.name, str(row.dims), *scores)
+    out.print(table)
+    tokens = Table(title="Nearest tokens of the embedding", title_justify="left", show_lines=True)
+    for column in ("text", "before the filter", "after"):
+        tokens.add_column(column)
+    for shown in result.texts:
+        words = [
+            " ".join(token.strip() or repr(token) for token in side)
+            for side in (shown.before, shown.after)
+        ]
+        tokens.add_row(_escape(shown.text), *map(_escape, words))
+    out.print(tokens)
+    if output is not None:
+        out.print(f"Saved to {output}", highlight=False)
 
 
 def _describe(layer: EmbedFilterLayer) -> str:
@@ -183,12 +236,14 @@ def _escape(text: str) -> str:
     return escape(text)
 
 
-def _set_quiet(quiet: bool) -> None:
-    import os
+def _quiet_libraries(model: str | Path, quiet: bool) -> None:
+    """Turns off bars and reports of other libraries that say nothing about the user's command.
 
-    if not quiet:
-        return
-    # Read by huggingface_hub and transformers when they are imported, which is after this.
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    Must run before they are imported: they read the environment then. Downloads keep their bars
+    unless the user asked for quiet.
+    """
+    if quiet or Path(model).is_dir():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if quiet:
+        logging.getLogger("sentence_transformers").setLevel(logging.ERROR)

@@ -1,0 +1,40 @@
+# Everything a fresh machine with Python and make needs; no other set-up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test lint types wheel benchmark clean
+
+demo: $(VENV)/.ready  ## set up, then filter the demo LM and show what changes
+	$(BIN)/st-embfilter demo
+
+test: $(VENV)/.ready-dev  ## set up, then run the tests
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready-dev
+	$(BIN)/mypy
+
+wheel: $(VENV)/.ready-dev
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation
+
+benchmark: $(VENV)/.ready-dev  ## minutes, and gigabytes in ~/.cache/st-embfilter-bench
+	$(BIN)/python benchmarks/build.py
+
+# constraints.txt keeps pip from downloading a CUDA build of torch.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
