@@ -1,0 +1,189 @@
+"""The command line: output, one-sentence errors, nothing written on error."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from typer.testing import CliRunner, Result
+
+from st_embfilter.cli import app, parse_keep
+from st_embfilter.demo import DEMO_TEXTS, Paraphrases, run_demo
+from st_embfilter.errors import FormatError
+from tests.conftest import DEMO_LM, MakeLM
+
+
+def cli(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def text(result: Result) -> str:
+    return re.sub(r"\s+", " ", result.output)
+
+
+def test_build_and_inspect(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    built = cli("build", DEMO_LM, "--keep", "1/4", "--output", target, "--normalize")
+    assert built.exit_code == 0, built.output
+    assert "bulk band, 64 of 256 dimensions, directions 96 to 159" in text(built)
+    model = SentenceTransformer(str(target), device="cpu")
+    assert model.encode(["a text"]).shape == (1, 64)
+    shown = cli("inspect", target)
+    assert shown.exit_code == 0, shown.output
+    metadata = json.loads((target / "embfilter.json").read_text())
+    squeezed = re.sub(r"\s+", "", shown.output)
+    assert metadata["unembedding"]["sha256"] in squeezed
+    for fact in ("openstax-lm", "8,192 x 256 float16", "tied to the", "directions 96 to 159"):
+        assert fact in text(shown)
+    assert max(map(len, shown.output.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0.5", 0.5), ("1/4", 0.25), ("448", 448), ("1.0", 1.0), ("1", 1)]
+)
+def test_keep_as_text(text: str, value: float) -> None:
+    assert parse_keep(text) == value
+    assert type(parse_keep(text)) is type(value)
+
+
+def broken(make_lm: MakeLM, case: str) -> Path:
+    """A checkpoint with one thing wrong."""
+    folder, _ = make_lm(tie_word_embeddings=False)
+    file, config = folder / "model.safetensors", folder / "config.json"
+    weights = load_file(file)
+    if case == "no head":
+        del weights["lm_head.weight"]
+    elif case == "nan":
+        weights["lm_head.weight"][3, 0] = torch.nan
+    elif case == "inf":
+        weights["lm_head.weight"][3, 0] = torch.inf
+    elif case == "width":
+        weights["lm_head.weight"] = torch.randn(200, 24)
+    elif case == "encoder":
+        config.write_text('{"model_type": "bert"}')
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("case", "arguments", "message"),
+    [
+        ("no head", [], "must hold the output embedding (lm_head.weight)"),
+        ("nan", [], "must be finite, got NaN or Inf first in row 3"),
+        ("inf", [], "must be finite, got NaN or Inf first in row 3"),
+        ("width", [], "must have the shape of the config, (200, 32), got (200, 24)"),
+        ("encoder", [], "got the encoder-only model type 'bert'"),
+        ("fine", ["--keep", "1.5"], "keep must be a ratio in (0, 1] or an int >= 1, got 1.5"),
+        ("fine", ["--keep", "33"], "keep must be in (0, 1] or an int in [1, 32], got 33"),
+        ("fine", ["--keep", "0"], "keep must be a ratio in (0, 1] or an int >= 1, got 0"),
+        ("fine", ["--keep", "half"], "keep must be a ratio like 0.5 or 1/4"),
+        ("fine", ["--band", "middle"], "band must be one of bulk"),
+        ("fine", ["--pooling", "best"], "pooling must be one of"),
+    ],
+)
+def test_errors_are_one_sentence_and_write_nothing(
+    make_lm: MakeLM, tmp_path: Path, case: str, arguments: list[str], message: str
+) -> None:
+    folder = broken(make_lm, case)
+    before = sorted(tmp_path.rglob("*"))
+    result = cli("build", folder, "--output", tmp_path / "out", *arguments)
+    assert result.exit_code != 0
+    assert message in re.sub(r"[\s│]+", " ", result.output)
+    assert "Traceback" not in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_folder_and_full_target(make_lm: MakeLM, tmp_path: Path) -> None:
+    missing = cli("build", tmp_path / "nothing", "--output", tmp_path / "out")
+    assert missing.exit_code == 1
+    assert "a model folder must exist, got" in text(missing)
+    folder, _ = make_lm()
+    full = cli("build", folder, "--output", folder)
+    assert full.exit_code == 1
+    assert "must be missing or empty" in text(full)
+    assert "--overwrite" in text(full)
+    assert not (tmp_path / "out").exists()
+    assert cli("inspect", folder).exit_code == 1
+
+
+def test_overwrite(make_lm: MakeLM, tmp_path: Path) -> None:
+    folder, _ = make_lm()
+    target = tmp_path / "out"
+    assert cli("build", folder, "-o", target).exit_code == 0
+    assert cli("build", folder, "-o", target, "--keep", "8").exit_code == 1
+    assert cli("build", folder, "-o", target, "--keep", "8", "--overwrite").exit_code == 0
+    assert SentenceTransformer(str(target), device="cpu").get_embedding_dimension() == 8
+
+
+# The demo ----------------------------------------------------------------------------------------
+
+
+def test_demo_shows_the_effect(tmp_path: Path) -> None:
+    result = run_demo(tmp_path / "model", show_progress_bar=False)
+    assert [(row.name, row.dims) for row in result.rows] == [
+        ("raw", 256),
+        ("keep 1/2", 128),
+        ("keep 1/4", 64),
+        ("keep 1/8", 32),
+    ]
+    frequent = {",", ".", "the", "and", "of", "in", "a", "to", "is", "-", ":"}
+    for shown in result.texts:
+        before = [token.strip() in frequent for token in shown.before]
+        after = [token.strip() in frequent for token in shown.after]
+        assert sum(before) >= 4
+        assert sum(after) <= 1
+
+
+def test_demo_texts_are_as_described() -> None:
+    texts = Paraphrases.read(DEMO_TEXTS)
+    groups = len(set(texts.groups.tolist()))
+    assert groups >= 120
+    assert len(set(texts.topics.tolist())) == 12
+    assert int(texts.is_paraphrase.sum()) == 3 * groups
+    assert len(set(texts.texts)) == len(texts.texts)
+
+
+def test_demo_scores_of_perfect_and_of_useless_embeddings() -> None:
+    texts = Paraphrases.read(DEMO_TEXTS)
+    groups, topics = texts.groups - 1, texts.topics
+    rng = torch.Generator().manual_seed(0)
+    basis = torch.randn(groups.max() + 1, 64, generator=rng).double().numpy()
+    topic_basis = 20 * torch.randn(12, 64, generator=rng).double().numpy()
+    noise = torch.randn(len(groups), 64, generator=rng).double().numpy()
+    perfect = basis[groups] + topic_basis[topics] + 1e3 * noise * ~texts.is_paraphrase[:, None]
+    scores = texts.scores(perfect)
+    assert scores["retrieval"] == pytest.approx(100)
+    assert scores["pairs"] == pytest.approx(100)
+    assert scores["clustering"] > 85
+    useless = texts.scores(noise)
+    assert useless["retrieval"] < 3
+    assert 25 < useless["pairs"] < 42
+    assert useless["clustering"] < 15
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "got an empty file"),
+        ("{not json}", "line 1: must be a JSON object"),
+        ('{"topic": "x", "paraphrases": ["a", "b"]}', "line 1: must be an object with topic"),
+        (
+            '{"topic": "x", "paraphrases": ["a"], "distractors": ["b"]}',
+            "line 1: a group needs two paraphrases and one distractor at least, got 1 and 1",
+        ),
+    ],
+)
+def test_malformed_demo_texts(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text(content)
+    with pytest.raises(FormatError, match=message):
+        Paraphrases.read(file)
+
+
+def test_demo_without_its_texts(tmp_path: Path) -> None:
+    result = cli("demo", "--data", tmp_path / "none.jsonl")
+    assert result.exit_code == 1
+    assert "run it in a checkout of the repository" in text(result)

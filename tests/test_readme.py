@@ -1,0 +1,94 @@
+"""Every block of the README is run as a reader would, with local folders for Hub ids."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WHEEL_ONLY = "README_WHEEL_ONLY" in os.environ
+ROOT = Path(__file__).parent if WHEEL_ONLY else Path(__file__).parents[1]
+BLOCKS = re.findall(
+    r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M
+)
+DEMO_LM = ROOT / "examples" / "openstax-lm"
+
+# What the README says about the sizes holds for Qwen2.5-0.5B; the demo LM stands in for it here.
+STAND_INS = {"keep=448": "keep=100"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory in which the README's model names are local folders."""
+    place = tmp_path_factory.mktemp("readme")
+    (place / "Qwen").mkdir()
+    (place / "Qwen" / "Qwen2.5-0.5B").symlink_to(DEMO_LM)
+    code = """
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+backbone = Transformer("Qwen/Qwen2.5-0.5B")
+modules = [backbone, Pooling(backbone.get_embedding_dimension()), Normalize()]
+SentenceTransformer(modules=modules).save_pretrained("my-decoder-model")
+"""
+    run(place, [sys.executable, "-c", code])
+    return place
+
+
+def run(place: Path, command: list[str]) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def python_with_checks(block: str) -> str:
+    """The block; a line `expression  # (n, k)` also checks the shape, at the stand-in's size."""
+    for name, stand_in in STAND_INS.items():
+        block = block.replace(name, stand_in)
+    sizes = {"448": "128", "224": "64", "896": "256"}
+    if "keep=100" in block:
+        sizes["448"] = "100"
+    lines = []
+    for line in block.splitlines():
+        found = re.match(r"(?:(\w+) = )?(.*?)  # \((\d+), (\d+)\)$", line)
+        if found:
+            shape = tuple(int(sizes.get(size, size)) for size in found.groups()[2:])
+            value = found[1] or f"({found[2]})"
+            lines += [
+                line if found[1] else "",
+                f"_shape = tuple(getattr({value}, 'shape', {value}))",
+            ]
+            lines += [f"if _shape != {shape}: raise SystemExit(f'got {{_shape}}, not {shape}')"]
+        else:
+            lines.append(line.replace("truncate_dim=224", "truncate_dim=64"))
+    return "\n".join(lines).replace("truncate_dim=224", "truncate_dim=64")
+
+
+def test_the_readme_has_blocks() -> None:
+    assert {"shell", "python"} == {language for language, _ in BLOCKS}
+    assert len(BLOCKS) >= 6
+
+
+def test_python_blocks(place: Path) -> None:
+    """All in one process, which pays for the imports once, but each with names of its own."""
+    blocks = [python_with_checks(body) for language, body in BLOCKS if language == "python"]
+    code = f"for block in {blocks!r}:\n    exec(compile(block, block, 'exec'), {{}})"
+    run(place, [sys.executable, "-W", "ignore", "-c", code])
+
+
+def test_shell_lines(place: Path) -> None:
+    lines = [line for language, body in BLOCKS if language == "shell" for line in body.splitlines()]
+    for line in filter(None, lines):
+        command = shlex.split(line, comments=True)
+        if command[0] != "make":
+            assert command[0] == "st-embfilter"
+            run(place, command)
+        elif not WHEEL_ONLY:
+            assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.M)
+            if command[1] == "demo":  # its recipe; the set-up is what runs this test
+                output = run(place, ["st-embfilter", "demo"])
+                assert "keep 1/8" in output
+                assert "before the filter" in output
