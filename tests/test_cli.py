@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner, Result
 
-from st_embfilter.cli import app, parse_keep
+from st_embfilter.cli.app import app, parse_keep
 from st_embfilter.demo import DEMO_TEXTS, Paraphrases, run_demo
 from st_embfilter.errors import FormatError
 from tests.conftest import DEMO_LM, MakeLM

@@ -1,0 +1,59 @@
+"""`st-embfilter inspect`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from st_embfilter.cli.app import app, describe, escape, out, quiet_libraries
+
+if TYPE_CHECKING:
+    from st_embfilter.layer import EmbedFilterLayer
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a filtered model.")],
+) -> None:
+    """Show backbone, window, spectrum and hashes of a filtered model."""
+    quiet_libraries(model, quiet=False)
+    from st_embfilter.build import load_filter
+
+    layer = load_filter(model)
+    source = layer.metadata.provenance
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    rows = {
+        "Backbone": _at(source.model_id, source.revision),
+        "Unembedding": f"{source.tensor} {source.shape[0]:,} x {source.shape[1]:,} {source.dtype}"
+        + (", tied to the input embedding" if source.tied else ""),
+        "Window": describe(layer),
+        "sha256": source.sha256,
+        **_spectrum_rows(layer),
+        "Prompt": str(layer.metadata.prompt or "none (plain text)"),
+        "Versions": ", ".join(f"{k} {v}" for k, v in layer.metadata.versions.items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    out.print(table, highlight=False)
+
+
+def _spectrum_rows(layer: EmbedFilterLayer) -> dict[str, str]:
+    if layer.singular_values is None:
+        return {}
+    values = layer.singular_values
+    energy = values.square() / values.square().sum()
+    kept = layer.metadata.band.indices(layer.metadata.d)
+    return {
+        "Singular values": f"{values[0]:.4g} (largest) {values[len(values) // 2]:.4g} (middle) "
+        f"{values[-1]:.4g} (smallest)",
+        "Energy kept": f"{energy[kept].sum():.1%} of the squared spectrum "
+        f"(the largest direction alone holds {energy[0]:.1%})",
+    }
+
+
+def _at(model_id: str | None, revision: str | None) -> str:
+    return f"{model_id or 'unknown'}{f' at {revision}' if revision else ''}"
