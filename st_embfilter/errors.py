@@ -15,6 +15,10 @@ class UnembeddingError(EmbedFilterError, ValueError):
     """The unembedding matrix W_U cannot be found, read or used."""
 
 
+class PrecisionError(UnembeddingError):
+    """The numbers do not fit the arithmetic that was asked for."""
+
+
 class ShapeError(EmbedFilterError, ValueError):
     """A width does not fit: filter against embedding, or filter against model."""
 

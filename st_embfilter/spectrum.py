@@ -15,12 +15,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Final, Literal, cast
 
-import numpy as np
 import torch
 from scipy.linalg import blas
 from torch import Tensor
 
-from st_embfilter.errors import BandError, UnembeddingError
+from st_embfilter.errors import BandError, PrecisionError, UnembeddingError
 
 Precision = Literal["auto", "float32", "float64"]
 
@@ -28,6 +27,7 @@ Precision = Literal["auto", "float32", "float64"]
 #: in float64.
 FLOAT32_TOLERANCE: Final = 5e-5
 
+_RUN_ROWS: Final = 8192
 _PROBES: Final = 4
 _PROBE_EVERY: Final = 8
 
@@ -83,9 +83,9 @@ class Spectrum:
 class GramAccumulator:
     """Sums W^T W over row blocks.
 
-    The sum itself is always float64. Inside a block the products are float64, or float32 for speed,
-    where the rounding error is measured on every eighth block against float64 products with random
-    probe vectors.
+    The sum itself is always float64. With float32 blocks, runs of `_RUN_ROWS` rows are summed in
+    float32 for speed and then added to it; the rounding error is measured on every eighth run
+    against float64 products with random probe vectors.
 
     Args:
         d: Number of columns of W.
@@ -104,10 +104,14 @@ class GramAccumulator:
         self.block_dtype = block_dtype
         self.device = torch.device(device)
         self._sum = torch.zeros((d, d), dtype=torch.float64, device=self.device)
-        self._blocks = 0
-        self._probed = 0
+        exact = block_dtype == torch.float64
+        self._run = self._sum if exact else torch.zeros_like(self._sum, dtype=block_dtype)
+        self._run_rows = 0
+        self._runs = 0
+        self._measured = 0
         self._squared_error = 0.0
         self._probes = _sign_probes(d)
+        self._action = torch.zeros_like(self._probes)
 
     @property
     def d(self) -> int:
@@ -121,21 +125,27 @@ class GramAccumulator:
             block: (n, d), any floating dtype.
 
         Raises:
+            PrecisionError: If the sums overflow the block dtype.
             UnembeddingError: If the block holds NaN or Inf; the message names the first such row.
         """
         if block.ndim != 2 or block.shape[1] != self.d:
             raise UnembeddingError(
                 f"every block of W_U must have shape (n, {self.d}), got {tuple(block.shape)}"
             )
-        work = block.to(self.device, self.block_dtype)
-        product = _gram(work)
-        if not bool(torch.isfinite(product.diagonal()).all()):
-            product = self._gram_of_suspect(block)
-        self._sum += product
-        if self.block_dtype != torch.float64 and self._blocks % _PROBE_EVERY == 0:
-            self._measure(block, product)
+        _add_gram(self._run, block.to(self.device, self.block_dtype))
+        if not bool(torch.isfinite(self._run.diagonal()).all()):
+            raise self._not_finite(block)
         self.rows += block.shape[0]
-        self._blocks += 1
+        if self._run is self._sum:
+            return
+        if self._runs % _PROBE_EVERY == 0:
+            # In pieces that stay in the cache.
+            for piece in block.to("cpu").split(1024):
+                exact = piece.to(torch.float64)
+                self._action += exact.T @ (exact @ self._probes)
+        self._run_rows += block.shape[0]
+        if self._run_rows >= _RUN_ROWS:
+            self._end_run()
 
     def spectrum(self) -> Spectrum:
         """The eigendecomposition of the sum.
@@ -148,6 +158,8 @@ class GramAccumulator:
                 "an unembedding matrix needs at least as many rows (tokens) as columns (hidden "
                 f"size), got shape ({self.rows}, {self.d}); check that this is the output embedding"
             )
+        if self._run_rows > 0:
+            self._end_run()
         # Only the lower triangle is filled; eigh reads no other.
         eigenvalues, eigenvectors = torch.linalg.eigh(self._sum, UPLO="L")
         eigenvalues, eigenvectors = eigenvalues.cpu(), eigenvectors.cpu()
@@ -156,39 +168,46 @@ class GramAccumulator:
                 "the unembedding matrix is all zero, so it has no directions to keep; check that "
                 "the checkpoint holds trained weights"
             )
-        directions = _fix_signs(eigenvectors.flip(1).T.contiguous())
         return Spectrum(
             singular_values=eigenvalues.flip(0).clamp(min=0.0).sqrt(),
-            directions=directions,
+            directions=_fix_signs(eigenvectors.T.flip(0).contiguous()),
             rounding=self._rounding(),
         )
 
-    def _gram_of_suspect(self, block: Tensor) -> Tensor:
+    def _not_finite(self, block: Tensor) -> UnembeddingError:
         bad = ~torch.isfinite(block.float() if block.dtype.itemsize < 4 else block).all(dim=1)
         if bool(bad.any()):
             row = self.rows + int(bad.nonzero()[0])
-            raise UnembeddingError(
+            return UnembeddingError(
                 f"the unembedding matrix must be finite, got NaN or Inf first in row {row} (token "
                 f"id {row}); the checkpoint is damaged or was trained to divergence"
             )
-        # Finite entries whose float32 squares overflow: this block is summed in float64.
-        return _gram(block.to(self.device, torch.float64))
+        return PrecisionError(
+            "the squares of the unembedding matrix must fit its arithmetic, got an overflow of "
+            f"{str(self.block_dtype).removeprefix('torch.')}; use precision='float64'"
+        )
 
-    def _measure(self, block: Tensor, product: Tensor) -> None:
-        exact = block.to(torch.float64)
-        exact_action = exact.T @ (exact @ self._probes)
-        lower = product.to("cpu", torch.float64).tril()
-        action = lower @ self._probes + lower.tril(-1).T @ self._probes
-        # E |E x|^2 = |E|_F^2 for random signs x (Hutchinson).
-        self._squared_error += float((action - exact_action).square().sum()) / _PROBES
-        self._probed += 1
+    def _end_run(self) -> None:
+        if self._runs % _PROBE_EVERY == 0:
+            self._measured += 1
+            self._squared_error += self._squared_error_of_run()
+            self._action.zero_()
+        self._sum += self._run
+        self._run.zero_()
+        self._run_rows = 0
+        self._runs += 1
+
+    def _squared_error_of_run(self) -> float:
+        """|E|_F^2 of this run's error E: the mean of |E x|^2 over random signs x (Hutchinson)."""
+        lower = self._run.to("cpu", torch.float64).tril_()
+        action = lower @ self._probes + lower.tril_(-1).T @ self._probes
+        return float((action - self._action).square().sum()) / _PROBES
 
     def _rounding(self) -> float:
-        if self._probed == 0:
+        if self._measured == 0:
             return 0.0
-        # Errors of different blocks are independent, so their squares add up.
-        total = self._squared_error * self._blocks / self._probed
-        return math.sqrt(total) / self.d
+        # Errors of different runs are independent, so their squares add up.
+        return math.sqrt(self._squared_error * self._runs / self._measured) / self.d
 
 
 def spectrum_of(
@@ -213,10 +232,14 @@ def spectrum_of(
         UnembeddingError: If the matrix is not finite, all zero, or has fewer rows than columns.
     """
     first = torch.float64 if precision == "float64" else torch.float32
-    spectrum = _accumulate(blocks(), d, first, device)
-    if precision == "auto" and spectrum.subspace_error(band or Band()) > FLOAT32_TOLERANCE:
-        spectrum = _accumulate(blocks(), d, torch.float64, device)
-    return spectrum
+    try:
+        spectrum = _accumulate(blocks(), d, first, device)
+        if precision != "auto" or spectrum.subspace_error(band or Band()) <= FLOAT32_TOLERANCE:
+            return spectrum
+    except PrecisionError:
+        if precision != "auto":
+            raise
+    return _accumulate(blocks(), d, torch.float64, device)
 
 
 def spectrum_of_weight(weight: Tensor, *, rows_per_block: int = 8192) -> Spectrum:
@@ -240,15 +263,16 @@ def _accumulate(
     return gram.spectrum()
 
 
-def _gram(block: Tensor) -> Tensor:
-    """block^T block; on the CPU only the lower triangle, by BLAS syrk: half the products."""
+def _add_gram(total: Tensor, block: Tensor) -> None:
+    """Adds block^T block; on the CPU only the lower triangle, by BLAS syrk: half the work."""
     if block.device.type != "cpu":
-        return block.T @ block
+        total.addmm_(block.T, block)
+        return
     syrk = blas.ssyrk if block.dtype == torch.float32 else blas.dsyrk
-    # The transpose of a C-ordered block is the Fortran-ordered (d, n) that BLAS wants, uncopied;
-    # the upper triangle of the Fortran-ordered result is the lower one in C order.
-    rows = block.contiguous().numpy()
-    return torch.from_numpy(cast("np.ndarray", syrk(1.0, rows.T, lower=0)).T)
+    # The transposes of C-ordered arrays are the Fortran-ordered ones that BLAS wants, uncopied;
+    # the upper triangle in Fortran order is the lower one in C order.
+    rows, sums = block.contiguous().numpy().T, total.numpy().T
+    syrk(1.0, rows, beta=1.0, c=sums, lower=0, overwrite_c=1)
 
 
 def _sign_probes(d: int) -> Tensor:
@@ -257,14 +281,16 @@ def _sign_probes(d: int) -> Tensor:
 
 
 def _fix_signs(directions: Tensor) -> Tensor:
-    """Makes the first entry of (nearly) largest magnitude of each row positive.
+    """Makes the first entry of (nearly) largest magnitude of each row positive, in place.
 
     "Nearly" keeps exact ties, e.g. rows of +-1/sqrt(d), independent of the last bits.
     """
-    magnitude = directions.abs()
-    candidate = magnitude >= magnitude.amax(dim=1, keepdim=True) * 0.999
-    first = candidate.to(torch.uint8).argmax(dim=1, keepdim=True)
-    return directions * torch.where(directions.gather(1, first) < 0, -1.0, 1.0)
+    for rows in directions.split(512):
+        magnitude = rows.abs()
+        candidate = magnitude >= magnitude.amax(dim=1, keepdim=True) * 0.999
+        first = candidate.to(torch.uint8).argmax(dim=1, keepdim=True)
+        rows.mul_(torch.where(rows.gather(1, first) < 0, -1.0, 1.0))
+    return directions
 
 
 Family = Literal["bulk", "offset", "dominant", "secondary", "edges", "random"]

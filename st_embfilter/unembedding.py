@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 #: Called with (bytes done, bytes in all) after each block that is read.
 Progress = Callable[[int, int], None]
 
-_BLOCK_BYTES: Final = 64 * 2**20
+_BLOCK_BYTES: Final = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Unembedding:
         """Row blocks in order, each read while the one before is worked on.
 
         Args:
-            rows: Rows of a block; by default as many as fill 64 MiB in float64.
+            rows: Rows of a block; by default as many as fill 32 MiB in float64.
             seen: Called with each block in order, in the thread that reads.
 
         Yields:
@@ -120,7 +120,7 @@ class Unembedding:
         Args:
             band: The band that must be exact.
             precision: Arithmetic inside a block, see `spectrum_of`. By default "auto" for matrices
-                stored in 16 bits or less with more than 64 MiB, and "float64" for all others.
+                stored in 16 bits or less with more than 32 MiB, and "float64" for all others.
             device: Where the products are computed.
             progress: Called after each block.
         """

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from st_embfilter.errors import BandError, UnembeddingError
+from st_embfilter.errors import BandError, PrecisionError, UnembeddingError
 from st_embfilter.spectrum import (
     FAMILIES,
     FLOAT32_TOLERANCE,
@@ -155,7 +155,9 @@ def test_nan_and_inf_name_their_row(bad: float, dtype: torch.dtype) -> None:
 
 def test_finite_values_whose_float32_squares_overflow() -> None:
     weight = torch.randn(100, 8) * 1e25
-    spectrum = spectrum_of(lambda: weight.split(20), 8, precision="float32")
+    with pytest.raises(PrecisionError, match="overflow of float32"):
+        spectrum_of(lambda: weight.split(20), 8, precision="float32")
+    spectrum = spectrum_of(lambda: weight.split(20), 8, precision="auto")
     assert torch.allclose(spectrum.singular_values, torch.linalg.svdvals(weight.double()))
 
 
