@@ -104,8 +104,7 @@ class GramAccumulator:
         self.block_dtype = block_dtype
         self.device = torch.device(device)
         self._sum = torch.zeros((d, d), dtype=torch.float64, device=self.device)
-        exact = block_dtype == torch.float64
-        self._run = self._sum if exact else torch.zeros_like(self._sum, dtype=block_dtype)
+        self._run: Tensor | None = None
         self._run_rows = 0
         self._runs = 0
         self._measured = 0
@@ -132,20 +131,23 @@ class GramAccumulator:
             raise UnembeddingError(
                 f"every block of W_U must have shape (n, {self.d}), got {tuple(block.shape)}"
             )
+        exact = self.block_dtype == torch.float64
+        if self._run is None:
+            self._run = self._sum if exact else torch.zeros_like(self._sum, dtype=self.block_dtype)
         _add_gram(self._run, block.to(self.device, self.block_dtype))
         if not bool(torch.isfinite(self._run.diagonal()).all()):
             raise self._not_finite(block)
         self.rows += block.shape[0]
-        if self._run is self._sum:
+        if exact:
             return
         if self._runs % _PROBE_EVERY == 0:
             # In pieces that stay in the cache.
             for piece in block.to("cpu").split(1024):
-                exact = piece.to(torch.float64)
-                self._action += exact.T @ (exact @ self._probes)
+                rows = piece.to(torch.float64)
+                self._action += rows.T @ (rows @ self._probes)
         self._run_rows += block.shape[0]
         if self._run_rows >= _RUN_ROWS:
-            self._end_run()
+            self._end_run(self._run)
 
     def spectrum(self) -> Spectrum:
         """The eigendecomposition of the sum.
@@ -158,19 +160,21 @@ class GramAccumulator:
                 "an unembedding matrix needs at least as many rows (tokens) as columns (hidden "
                 f"size), got shape ({self.rows}, {self.d}); check that this is the output embedding"
             )
-        if self._run_rows > 0:
-            self._end_run()
-        # Only the lower triangle is filled; eigh reads no other.
-        eigenvalues, eigenvectors = torch.linalg.eigh(self._sum, UPLO="L")
-        eigenvalues, eigenvectors = eigenvalues.cpu(), eigenvectors.cpu()
-        if float(eigenvalues[-1]) <= 0.0:
+        if self._run is not None and self._run_rows > 0:
+            self._end_run(self._run)
+        # Only the lower triangle is filled; eigh reads no other. Of the negated sum, its ascending
+        # order is the spectrum's descending one, and no d x d matrix has to be turned around.
+        eigenvalues, eigenvectors = torch.linalg.eigh(self._sum.neg_(), UPLO="L")
+        self._sum.neg_()
+        squares, directions = eigenvalues.neg().cpu(), eigenvectors.T.contiguous().cpu()
+        if float(squares[0]) <= 0.0:
             raise UnembeddingError(
                 "the unembedding matrix is all zero, so it has no directions to keep; check that "
                 "the checkpoint holds trained weights"
             )
         return Spectrum(
-            singular_values=eigenvalues.flip(0).clamp(min=0.0).sqrt(),
-            directions=_fix_signs(eigenvectors.T.flip(0).contiguous()),
+            singular_values=squares.clamp(min=0.0).sqrt(),
+            directions=_fix_signs(directions),
             rounding=self._rounding(),
         )
 
@@ -187,19 +191,19 @@ class GramAccumulator:
             f"{str(self.block_dtype).removeprefix('torch.')}; use precision='float64'"
         )
 
-    def _end_run(self) -> None:
+    def _end_run(self, run: Tensor) -> None:
         if self._runs % _PROBE_EVERY == 0:
             self._measured += 1
-            self._squared_error += self._squared_error_of_run()
+            self._squared_error += self._squared_error_of(run)
             self._action.zero_()
-        self._sum += self._run
-        self._run.zero_()
+        self._sum += run
+        self._run = None
         self._run_rows = 0
         self._runs += 1
 
-    def _squared_error_of_run(self) -> float:
-        """|E|_F^2 of this run's error E: the mean of |E x|^2 over random signs x (Hutchinson)."""
-        lower = self._run.to("cpu", torch.float64).tril_()
+    def _squared_error_of(self, run: Tensor) -> float:
+        """|E|_F^2 of a run's error E: the mean of |E x|^2 over random signs x (Hutchinson)."""
+        lower = run.to("cpu", torch.float64).tril_()
         action = lower @ self._probes + lower.tril_(-1).T @ self._probes
         return float((action - self._action).square().sum()) / _PROBES
 
