@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from st_embfilter.build import (
         add_filter,
         build_filter,
+        calibrate_filter,
         filter_from_weight,
         from_causal_lm,
         load,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from st_embfilter.errors import EmbedFilterError
     from st_embfilter.layer import EmbedFilterLayer
     from st_embfilter.publish import save_pretrained
+    from st_embfilter.sampling import sample_texts
     from st_embfilter.spectrum import Band, Spectrum
 
 __all__ = [
@@ -26,9 +28,11 @@ __all__ = [
     "__version__",
     "add_filter",
     "build_filter",
+    "calibrate_filter",
     "filter_from_weight",
     "from_causal_lm",
     "load",
+    "sample_texts",
     "save_pretrained",
 ]
 
@@ -40,9 +44,11 @@ _HOMES = {
     "Spectrum": "spectrum",
     "add_filter": "build",
     "build_filter": "build",
+    "calibrate_filter": "build",
     "filter_from_weight": "build",
     "from_causal_lm": "build",
     "load": "build",
+    "sample_texts": "sampling",
     "save_pretrained": "publish",
 }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,26 @@ from st_embfilter.backbone import (
     load_backbone,
     source_name,
 )
-from st_embfilter.errors import FormatError, PlacementError, ShapeError, UnembeddingError
+from st_embfilter.calibration import (
+    DEFAULT_STRENGTH,
+    Calibration,
+    affine_map,
+    check_strength,
+    different_texts,
+    moments,
+    texts_hash,
+)
+from st_embfilter.errors import (
+    CalibrationError,
+    FormatError,
+    PlacementError,
+    ShapeError,
+    UnembeddingError,
+)
 from st_embfilter.layer import EmbedFilterLayer, assemble, check_placement, filter_of
 from st_embfilter.metadata import METADATA_FILE, SPECTRUM_FILE, FilterMetadata
 from st_embfilter.prompts import check_prompt
+from st_embfilter.sampling import sample_texts
 from st_embfilter.spectrum import Band, Precision
 from st_embfilter.unembedding import (
     Progress,
@@ -52,6 +70,10 @@ def from_causal_lm(
     keep: float | int = 0.5,
     band: str | Band = "bulk",
     normalize: bool = False,
+    calibrate: str | Sequence[str] | None = None,
+    calibration_strength: float = DEFAULT_STRENGTH,
+    calibration_size: int = 1024,
+    calibration_seed: int = 0,
     max_seq_length: int | None = DEFAULT_MAX_SEQ_LENGTH,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -70,6 +92,11 @@ def from_causal_lm(
         keep: Ratio of directions kept in (0, 1], or their number as an int.
         band: Which ones, see `Band`; "bulk" is the paper's.
         normalize: Scale embeddings to unit length after the filter.
+        calibrate: None for the paper's method; "self" to centre and whiten with texts that the
+            model writes itself, or a sequence of texts to do it with; see `calibrate_filter`.
+        calibration_strength: In [0, 1].
+        calibration_size: Number of texts that the model writes.
+        calibration_seed: Of their sampling.
         max_seq_length: Longest text in tokens; None for the model's own limit.
         device: Where the model runs; None for the best at hand.
         dtype: Of the backbone, as in transformers. The filter is float32 in any case.
@@ -86,6 +113,11 @@ def from_causal_lm(
     """
     name = os.fspath(name_or_path)
     check_prompt(prompt)
+    check_strength(calibration_strength)
+    if isinstance(calibrate, str) and calibrate != "self":
+        raise CalibrationError(
+            f"calibrate must be None, 'self' or a sequence of texts, got {calibrate!r}"
+        )
     if pooling is not None and pooling not in POOLING_MODES:
         raise PlacementError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
     layer = build_filter(
@@ -110,7 +142,30 @@ def from_causal_lm(
     modules: list[nn.Module] = [backbone, Pooling(width, pooling or "mean"), layer]
     if normalize:
         modules.append(Normalize())
-    return SentenceTransformer(modules=modules, device=device)
+    model = SentenceTransformer(modules=modules, device=device)
+    if calibrate is None:
+        return model
+    if calibrate == "self":
+        texts = sample_texts(
+            name,
+            calibration_size,
+            seed=calibration_seed,
+            device=model.device,
+            dtype=dtype,
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            show_progress_bar=show_progress_bar,
+        )
+    else:
+        texts = list(calibrate)
+    return calibrate_filter(
+        model,
+        texts,
+        strength=calibration_strength,
+        seed=calibration_seed if calibrate == "self" else None,
+        show_progress_bar=show_progress_bar,
+    )
 
 
 def build_filter(
@@ -200,6 +255,74 @@ def add_filter(
     layer = _fit_filter(source, chosen, None, "cpu", show_progress_bar)
     _check_width(layer, backbone_width(model))
     insert_module(model, position, layer.to(model.device))
+    return model
+
+
+def calibrate_filter(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    *,
+    strength: float = DEFAULT_STRENGTH,
+    seed: int | None = None,
+    batch_size: int = 32,
+    show_progress_bar: bool = True,
+) -> SentenceTransformer:
+    """Centres and whitens a model's filtered embeddings with the moments of some texts.
+
+    The texts are encoded as the model encodes, without its default prompt and before Normalize. The
+    map is folded into the filter, which stays one linear layer, now with a bias.
+
+    Args:
+        model: A filtered model; changed in place.
+        texts: Texts like those to embed, or `sample_texts` of the model's own. Empty and repeated
+            ones are dropped.
+        strength: In [0, 1]; 0 leaves the embeddings as they are, 1 whitens in full.
+        seed: Of `sample_texts`, if the texts come from there, for the record.
+        batch_size: Of the encoding.
+        show_progress_bar: Show a bar while the texts are encoded.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CalibrationError: If the texts are too few or their embeddings unfit, or the model is
+            calibrated already.
+    """
+    strength = check_strength(strength)
+    texts = different_texts(texts)
+    layer = filter_of(model)
+    if layer is None:
+        raise PlacementError("calibration needs a filtered model, got none; use add_filter first")
+    if layer.metadata.calibration is not None:
+        raise CalibrationError(
+            "a filter is calibrated at most once, got a calibrated one; build the filter anew"
+        )
+    children = list(model.children())
+    position = children.index(layer)
+    pipeline = SentenceTransformer(modules=children[: position + 1], device=str(model.device))
+    embeddings = pipeline.encode(
+        texts,
+        batch_size=batch_size,
+        show_progress_bar=show_progress_bar and sys.stderr.isatty(),
+        convert_to_tensor=True,
+    )
+    estimate = moments(embeddings)
+    matrix, bias = affine_map(estimate, strength)
+    record = Calibration(
+        source="texts" if seed is None else "self",
+        texts=len(texts),
+        sha256=texts_hash(texts),
+        strength=strength,
+        shrinkage=estimate.shrinkage,
+        seed=seed,
+    )
+    children[position] = EmbedFilterLayer(
+        matrix @ layer.projection.detach().to("cpu", torch.float64),
+        replace(layer.metadata, calibration=record),
+        layer.singular_values,
+        bias,
+    ).to(model.device)
+    _set_modules(model, dict(zip(dict(model.named_children()), children, strict=True)))
     return model
 
 

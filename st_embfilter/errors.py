@@ -39,5 +39,9 @@ class OutputError(EmbedFilterError, OSError):
     """The output folder cannot be written as asked."""
 
 
+class CalibrationError(EmbedFilterError, ValueError):
+    """Calibration texts, or what came of them, are unfit."""
+
+
 class PromptError(EmbedFilterError, ValueError):
     """An unknown or malformed prompt recipe."""

@@ -29,15 +29,18 @@ class EmbedFilterLayer(Module):
     equal those of the full-size projection V_k V_k^T h. The first k' outputs are the filter of
     width k'. Always float32 arithmetic and float32 output, whatever the backbone's dtype; frozen.
 
+    A calibrated filter is an affine map of the same directions, see `calibration`.
+
     It goes after Pooling and before Normalize.
 
     Args:
-        projection: (k, d) float32 with orthonormal rows, in nested order.
+        projection: (k, d) float32, in nested order; with orthonormal rows unless calibrated.
         metadata: What the filter was made from.
         singular_values: (d,) float64 of the whole spectrum, if known.
+        bias: (k,) float32 of a calibrated filter.
 
     Raises:
-        ShapeError: If the projection's shape is not the (k, d) of the metadata.
+        ShapeError: If the shapes are not the (k, d) and (k,) of the metadata.
     """
 
     config_keys: ClassVar[list[str]] = [  # type: ignore[misc]
@@ -46,11 +49,14 @@ class EmbedFilterLayer(Module):
         "bias",
         "activation_function",
     ]
-    bias: Final = False
     activation_function: Final = IDENTITY
 
     def __init__(
-        self, projection: Tensor, metadata: FilterMetadata, singular_values: Tensor | None = None
+        self,
+        projection: Tensor,
+        metadata: FilterMetadata,
+        singular_values: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         if tuple(projection.shape) != (metadata.k, metadata.d):
@@ -58,15 +64,28 @@ class EmbedFilterLayer(Module):
                 f"the projection must have the shape of its metadata, {(metadata.k, metadata.d)}, "
                 f"got {tuple(projection.shape)}"
             )
+        if bias is not None and tuple(bias.shape) != (metadata.k,):
+            raise ShapeError(f"the bias must have shape ({metadata.k},), got {tuple(bias.shape)}")
         self.metadata = metadata
         self.singular_values = singular_values
         # The state's key is Dense's "linear.weight", so the saved folder is also a Dense.
-        self.linear = _FrozenLinear(projection.to(torch.float32))
+        self.linear = _FrozenLinear(
+            projection.to(torch.float32), None if bias is None else bias.to(torch.float32)
+        )
 
     @property
     def projection(self) -> Tensor:
-        """(k, d) float32, rows in nested order."""
+        """(k, d) float32, rows in nested order; orthonormal unless calibrated."""
         return self.linear.weight
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of a saved filter, by the names that `Dense` gives them, on the CPU."""
+        return {name: value.detach().cpu() for name, value in self.state_dict().items()}
+
+    @property
+    def bias(self) -> bool:
+        """Whether a bias is added; the value in the configuration."""
+        return self.linear.bias is not None
 
     @property
     def in_features(self) -> int:
@@ -147,24 +166,28 @@ class EmbedFilterLayer(Module):
 
 
 class _FrozenLinear(nn.Module):
-    """x W^T in float32 with a weight that no training and no cast changes."""
+    """x W^T + b in float32 with values that no training and no cast changes."""
 
     weight: Tensor
+    bias: Tensor | None
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x.to(torch.float32), self.weight)
+            return nn.functional.linear(x.to(torch.float32), self.weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _FrozenLinear:
         # .half() and .to(dtype) may move the weight to another device, never change its dtype.
-        before = self.weight
+        before = dict(self.named_buffers())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight.dtype != before.dtype:
-            self.weight = before.to(self.weight.device)
+        for name, value in before.items():
+            after = self.get_buffer(name)
+            if after.dtype != value.dtype:
+                setattr(self, name, value.to(after.device))
         return self
 
 
@@ -182,15 +205,24 @@ def assemble(
     """
     metadata = FilterMetadata.from_json(metadata_json)
     expected = (metadata.k, metadata.d)
-    projection = weights.get("linear.weight")
-    if set(weights) != {"linear.weight"} or projection is None:
+    names = {"linear.weight"} | ({"linear.bias"} if metadata.calibration is not None else set())
+    if set(weights) != names:
         raise FormatError(
-            f"a filter's weights must be 'linear.weight' alone, got {sorted(weights)}"
+            f"the weights of this filter must be {sorted(names)} as {METADATA_FILE} says, got "
+            f"{sorted(weights)}"
         )
+    projection, bias = weights["linear.weight"], weights.get("linear.bias")
     if tuple(projection.shape) != expected or not bool(torch.isfinite(projection).all()):
         raise FormatError(
             f"the projection must be finite and of shape {expected} as {METADATA_FILE} says, got "
             f"shape {tuple(projection.shape)}; the files do not belong together"
+        )
+    if bias is not None and (
+        tuple(bias.shape) != expected[:1] or not bool(torch.isfinite(bias).all())
+    ):
+        raise FormatError(
+            f"the bias must be finite and of shape {expected[:1]} as {METADATA_FILE} says, got "
+            f"shape {tuple(bias.shape)}; the files do not belong together"
         )
     singular_values = None if spectrum is None else spectrum.get("singular_values")
     if singular_values is not None and tuple(singular_values.shape) != (metadata.d,):
@@ -198,7 +230,7 @@ def assemble(
             f"{SPECTRUM_FILE} must hold {metadata.d} singular values, got shape "
             f"{tuple(singular_values.shape)}"
         )
-    return EmbedFilterLayer(projection, metadata, singular_values)
+    return EmbedFilterLayer(projection, metadata, singular_values, bias)
 
 
 def write_metadata(folder: str | os.PathLike[str], layer: EmbedFilterLayer) -> None:

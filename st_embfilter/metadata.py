@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
+from st_embfilter.calibration import Calibration
 from st_embfilter.errors import BandError, FormatError
 from st_embfilter.spectrum import Band
 from st_embfilter.unembedding import Provenance
@@ -44,12 +45,14 @@ class FilterMetadata:
         band: Which directions it keeps; `band.keep` is the width as asked for.
         prompt: The prompt recipe of the model it was saved with, as a JSON object, or None.
         versions: Library versions at the time it was made.
+        calibration: How it was calibrated; None for the filter alone.
     """
 
     provenance: Provenance
     band: Band
     prompt: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=library_versions)
+    calibration: Calibration | None = None
 
     @property
     def d(self) -> int:
@@ -82,6 +85,7 @@ class FilterMetadata:
                 "start": self.band.start(self.d),
                 "seed": self.band.seed,
             },
+            "calibration": None if self.calibration is None else asdict(self.calibration),
             "prompt": None if self.prompt is None else dict(self.prompt),
             "versions": dict(self.versions),
         }
@@ -122,6 +126,7 @@ class FilterMetadata:
             band=_band(window),
             prompt=None if prompt is None else _object(prompt, "prompt"),
             versions=_object(document.get("versions", {}), "versions"),
+            calibration=_calibration(document.get("calibration")),
         )
         try:
             derived = {"d": metadata.d, "k": metadata.k, "start": metadata.band.start(metadata.d)}
@@ -145,6 +150,27 @@ def _band(window: dict[str, Any]) -> Band:
         return Band(family, keep, offset=offset, seed=seed)
     except BandError as error:
         raise FormatError(f"{METADATA_FILE}: {error}") from error
+
+
+def _calibration(value: object) -> Calibration | None:
+    if value is None:
+        return None
+    record = _object(value, "calibration")
+    calibration = Calibration(
+        source=_typed(record, "source", str),
+        texts=_typed(record, "texts", int),
+        sha256=_typed(record, "sha256", str),
+        strength=_typed(record, "strength", float),
+        shrinkage=_typed(record, "shrinkage", float),
+        seed=_typed(record, "seed", int, None),
+    )
+    in_range = 0.0 <= calibration.strength <= 1.0 and 0.0 <= calibration.shrinkage <= 1.0
+    if calibration.source not in ("self", "texts") or calibration.texts < 1 or not in_range:
+        raise FormatError(
+            f"{METADATA_FILE}: calibration must have source 'self' or 'texts', texts >= 1, and "
+            f"strength and shrinkage in [0, 1], got {record!r}"
+        )
+    return calibration
 
 
 def _parse(text: str) -> object:

@@ -150,7 +150,7 @@ def portable_files(model: SentenceTransformer) -> dict[str, bytes]:
         ),
         "1_Pooling/config.json": _json(_pooling_config(pooling)),
         "2_Dense/config.json": _json(layer.get_config_dict()),
-        "2_Dense/model.safetensors": save({"linear.weight": layer.projection.detach().cpu()}),
+        "2_Dense/model.safetensors": save(layer.weights()),
         METADATA_FILE: layer.metadata.to_json().encode(),
         "README.md": _readme(layer).encode(),
     }

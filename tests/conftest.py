@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -40,6 +41,11 @@ TEXTS = [
     "  spaces around  ",
     "ten " * 60,
 ]
+
+
+# Machines are noisy: no test is judged by its time.
+settings.register_profile("no-deadline", deadline=None, derandomize=True)
+settings.load_profile("no-deadline")
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from st_embfilter.cli.app import (
     parse_keep,
     quiet_libraries,
 )
+from st_embfilter.errors import CalibrationError
 
 
 @app.command()
@@ -28,6 +29,19 @@ def build(
     band: BandName = "bulk",
     pooling: Annotated[str | None, typer.Option(help="mean, lasttoken, ...")] = None,
     normalize: Annotated[bool, typer.Option(help="Embeddings of unit length.")] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            help="Centre and whiten: 'self' with texts that the model writes, or a file with one "
+            "text a line."
+        ),
+    ] = None,
+    calibration_strength: Annotated[
+        float, typer.Option(help="From 0 (filter alone) to 1 (whitening).")
+    ] = 1.0,
+    calibration_size: Annotated[int, typer.Option(help="Texts that the model writes.", min=16)] = (
+        1024
+    ),
     max_seq_length: Annotated[int, typer.Option(help="Longest text in tokens.", min=1)] = 512,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
     trust_remote_code: Annotated[
@@ -52,6 +66,9 @@ def build(
         band=band,
         pooling=pooling,
         normalize=normalize,
+        calibrate=calibrate if calibrate in (None, "self") else _lines(Path(calibrate)),
+        calibration_strength=calibration_strength,
+        calibration_size=calibration_size,
         max_seq_length=max_seq_length,
         revision=revision,
         trust_remote_code=trust_remote_code,
@@ -62,3 +79,12 @@ def build(
     layer = filter_of(filtered)
     if layer is not None:
         out.print(f"{describe(layer)}\nSaved to {output}", highlight=False)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(
+            f"--calibrate takes 'self' or a text file in UTF-8, got {file}: {error}"
+        ) from error

@@ -33,6 +33,7 @@ def inspect(
         "Window": describe(layer),
         "sha256": source.sha256,
         **_spectrum_rows(layer),
+        "Calibration": _calibration(layer),
         "Prompt": str(layer.metadata.prompt or "none (plain text)"),
         "Versions": ", ".join(f"{k} {v}" for k, v in layer.metadata.versions.items()),
     }
@@ -53,6 +54,16 @@ def _spectrum_rows(layer: EmbedFilterLayer) -> dict[str, str]:
         "Energy kept": f"{energy[kept].sum():.1%} of the squared spectrum "
         f"(the largest direction alone holds {energy[0]:.1%})",
     }
+
+
+def _calibration(layer: EmbedFilterLayer) -> str:
+    record = layer.metadata.calibration
+    if record is None:
+        return "none (the filter alone)"
+    texts = f"{record.texts:,} texts" + (
+        "" if record.seed is None else f" of the model's own, seed {record.seed}"
+    )
+    return f"strength {record.strength:g}, {texts}, shrinkage {record.shrinkage:.3f}"
 
 
 def _at(model_id: str | None, revision: str | None) -> str:

@@ -1,0 +1,121 @@
+"""Texts that a language model writes by itself: samples from its own distribution."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from st_embfilter.errors import CalibrationError
+
+#: Tokens of a sampled text, about two sentences: the length of the texts that people embed.
+DEFAULT_TOKENS: Final = 32
+
+#: Fixed, because the samples of a seed depend on it.
+_BATCH: Final = 64
+
+
+def sample_texts(
+    name_or_path: str | os.PathLike[str],
+    count: int = 1024,
+    *,
+    seed: int = 0,
+    max_new_tokens: int = DEFAULT_TOKENS,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    show_progress_bar: bool = True,
+) -> list[str]:
+    """Samples different texts from a language model, at temperature 1 from the start of a text.
+
+    The same seed gives the same texts on the same machine and library versions. The random state of
+    torch is left as it was.
+
+    Args:
+        name_or_path: Folder or Hub id of a causal language model.
+        count: Number of texts, >= 1.
+        seed: Of the sampling.
+        max_new_tokens: Longest text in tokens, >= 1.
+        device: Where the model runs; None for the CPU.
+        dtype: Of the model, as in transformers.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
+        trust_remote_code: Allow model code of the checkpoint to run.
+        show_progress_bar: Show a bar.
+
+    Raises:
+        CalibrationError: If the model keeps writing nothing, or the same.
+    """
+    if count < 1 or max_new_tokens < 1:
+        raise CalibrationError(
+            f"sampling needs count >= 1 and max_new_tokens >= 1, got {count} and {max_new_tokens}"
+        )
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "trust_remote_code": trust_remote_code,
+    }
+    name = os.fspath(name_or_path)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **hub)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        name, **hub, **({} if dtype is None else {"dtype": dtype})
+    )
+    model.to(device or "cpu").eval()
+    start = _start_token(tokenizer, model)
+    texts: dict[str, None] = {}
+    rounds = -(-4 * count // _BATCH)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        tqdm(
+            total=count,
+            unit="text",
+            desc="Sampling texts",
+            disable=None if show_progress_bar else True,
+        ) as bar,
+    ):
+        torch.manual_seed(seed)
+        for _ in range(rounds):
+            prompts = torch.full((_BATCH, 1), start, device=model.device)
+            written = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or start,
+            )
+            for text in tokenizer.batch_decode(written, skip_special_tokens=True):
+                if text.strip() and len(texts) < count:
+                    texts[text.strip()] = None
+            bar.update(len(texts) - bar.n)
+            if len(texts) == count:
+                return list(texts)
+    raise CalibrationError(
+        f"the language model must write different texts to calibrate on, got {len(texts)} in "
+        f"{rounds * _BATCH} samples of {name}; give texts instead"
+    )
+
+
+def _start_token(tokenizer: PreTrainedTokenizerBase, model: Any) -> int:
+    """The token before the first one of a text: BOS, or EOS for models without one."""
+    for candidate in (
+        tokenizer.bos_token_id,
+        model.config.bos_token_id,
+        tokenizer.eos_token_id,
+        model.config.eos_token_id,
+    ):
+        if isinstance(candidate, int):
+            return candidate
+    raise CalibrationError(
+        "sampling needs a token that starts a text, got a tokenizer without BOS and EOS; give "
+        "texts instead"
+    )

@@ -1,0 +1,239 @@
+"""Calibration: the mathematics of the affine map, the texts, the record, the round trip."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch.testing import assert_close
+
+import st_embfilter
+from st_embfilter.calibration import (
+    MAX_CONDITION,
+    MIN_TEXTS,
+    Moments,
+    affine_map,
+    different_texts,
+    moments,
+    texts_hash,
+)
+from st_embfilter.errors import CalibrationError, FormatError
+from st_embfilter.layer import assemble, filter_of
+from st_embfilter.sampling import sample_texts
+
+TEXTS = [
+    f"{verb} the {noun}"
+    for verb in ["find", "see", "lift", "hold", "move"]
+    for noun in ["cell", "force", "tax", "atom", "river", "king", "law", "wave", "city", "bone"]
+]
+
+
+def cloud(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    """Correlated vectors away from the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(k, k, generator=generator, dtype=torch.float64)
+    scale = torch.logspace(0, -1, k, dtype=torch.float64)
+    points = torch.randn(n, k, generator=generator, dtype=torch.float64)
+    return (points * scale) @ mix + 3.0
+
+
+def cosines(x: torch.Tensor) -> torch.Tensor:
+    x = torch.nn.functional.normalize(x, dim=-1)
+    return x @ x.T
+
+
+# The map ------------------------------------------------------------------------------------------
+
+
+def test_full_strength_whitens_the_estimated_covariance() -> None:
+    estimate = moments(cloud(500, 12))
+    matrix, bias = affine_map(estimate, 1.0)
+    assert_close(matrix @ estimate.covariance @ matrix.T, torch.eye(12, dtype=torch.float64))
+    assert_close(matrix @ estimate.mean + bias, torch.zeros(12, dtype=torch.float64))
+
+
+def test_with_many_texts_the_calibrated_vectors_are_white() -> None:
+    points = cloud(20_000, 6)
+    matrix, bias = affine_map(moments(points), 1.0)
+    white = points @ matrix.T + bias
+    assert_close(torch.cov(white.T), torch.eye(6, dtype=torch.float64), atol=0.1, rtol=0)
+    assert_close(white.mean(0), torch.zeros(6, dtype=torch.float64), atol=1e-8, rtol=0)
+
+
+def test_strength_zero_changes_nothing() -> None:
+    matrix, bias = affine_map(moments(cloud(100, 8)), 0.0)
+    assert_close(matrix, torch.eye(8, dtype=torch.float64))
+    assert_close(bias, torch.zeros(8, dtype=torch.float64))
+
+
+def test_two_half_strengths_of_the_linear_part_make_a_full_one() -> None:
+    estimate = moments(cloud(100, 8))
+    half, full = affine_map(estimate, 0.5)[0], affine_map(estimate, 1.0)[0]
+    assert_close(half @ half, full)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_cosines_do_not_depend_on_the_basis(strength: float) -> None:
+    points = cloud(300, 10)
+    rotation = torch.linalg.qr(torch.randn(10, 10, dtype=torch.float64))[0]
+
+    def calibrated(x: torch.Tensor) -> torch.Tensor:
+        matrix, bias = affine_map(moments(x), strength)
+        return x @ matrix.T + bias
+
+    assert_close(cosines(calibrated(points)), cosines(calibrated(points @ rotation)))
+
+
+def test_the_order_of_the_texts_does_not_matter() -> None:
+    points = cloud(200, 5)
+    shuffled = points[torch.randperm(200)]
+    assert_close(affine_map(moments(points), 1.0), affine_map(moments(shuffled), 1.0))
+
+
+def test_the_root_keeps_each_output_at_its_direction() -> None:
+    """Symmetric and positive: nearest to the filter of all whitening maps."""
+    matrix, _ = affine_map(moments(cloud(300, 10)), 1.0)
+    assert_close(matrix, matrix.T)
+    assert float(torch.linalg.eigvalsh(matrix)[0]) > 0
+
+
+def test_fewer_texts_than_dimensions_stay_stable() -> None:
+    estimate = moments(cloud(20, 64))
+    assert 0 < estimate.shrinkage <= 1
+    matrix, _ = affine_map(estimate, 1.0)
+    assert float(torch.linalg.cond(matrix)) <= MAX_CONDITION**0.5 * (1 + 1e-9)
+
+
+def test_the_condition_number_is_bounded() -> None:
+    variances = torch.logspace(0, -12, 5, dtype=torch.float64)
+    matrix, _ = affine_map(Moments(torch.zeros(5).double(), variances.diag(), 0.0), 1.0)
+    assert float(torch.linalg.cond(matrix)) == pytest.approx(MAX_CONDITION**0.5)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), True])
+def test_strength_out_of_range(strength: float) -> None:
+    with pytest.raises(CalibrationError, match=r"in \[0, 1\]"):
+        affine_map(moments(cloud(50, 4)), strength)
+
+
+def test_unfit_embeddings() -> None:
+    points = cloud(50, 4)
+    with pytest.raises(CalibrationError, match="50 times the same"):
+        moments(points[:1].expand(50, 4))
+    points[3, 2] = float("nan")
+    with pytest.raises(CalibrationError, match="must be finite"):
+        moments(points)
+
+
+# Texts --------------------------------------------------------------------------------------------
+
+
+def test_empty_and_repeated_texts_are_dropped() -> None:
+    assert different_texts([*TEXTS, "", "  ", *TEXTS]) == TEXTS
+    with pytest.raises(CalibrationError, match=f"at least {MIN_TEXTS} different texts, got 2"):
+        different_texts(["a", "b"] * 20)
+    with pytest.raises(CalibrationError, match="a single string"):
+        different_texts("self")
+
+
+def test_the_hash_tells_where_a_text_ends() -> None:
+    assert texts_hash(["ab", "c"]) != texts_hash(["a", "bc"])
+
+
+def test_samples_are_repeated_by_their_seed(demo_lm: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    one = sample_texts(demo_lm, 40, seed=1, max_new_tokens=8, show_progress_bar=False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert one == sample_texts(demo_lm, 40, seed=1, max_new_tokens=8, show_progress_bar=False)
+    assert one != sample_texts(demo_lm, 40, seed=2, max_new_tokens=8, show_progress_bar=False)
+    assert len(set(one)) == 40
+    assert all(text.strip() for text in one)
+
+
+def test_a_model_that_only_ends(demo_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaForCausalLM
+
+    def only_eos(self: object, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.zeros((len(ids), 2), dtype=torch.long)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", only_eos)
+    with pytest.raises(CalibrationError, match="got 0 in 64 samples"):
+        sample_texts(demo_lm, 16, show_progress_bar=False)
+
+
+# Models -------------------------------------------------------------------------------------------
+
+
+def build(demo_lm: Path, **kwargs: object) -> SentenceTransformer:
+    return st_embfilter.from_causal_lm(
+        demo_lm, device="cpu", show_progress_bar=False, **{"calibrate": TEXTS, **kwargs}
+    )
+
+
+def test_the_model_is_the_filter_and_then_the_map(
+    demo_lm: Path, demo_model: SentenceTransformer
+) -> None:
+    model = build(demo_lm, calibration_strength=0.7)
+    plain = demo_model.encode(TEXTS, convert_to_tensor=True).double()[:, :128]
+    matrix, bias = affine_map(moments(plain), 0.7)
+    calibrated = model.encode(TEXTS, convert_to_tensor=True).double()
+    assert_close(calibrated, plain @ matrix.T + bias, atol=1e-4, rtol=1e-4)
+    at_zero = build(demo_lm, calibration_strength=0).encode(TEXTS, convert_to_tensor=True)
+    assert_close(at_zero.double(), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_normalize_comes_after_and_does_not_disturb(demo_lm: Path) -> None:
+    plain = build(demo_lm).encode(TEXTS, convert_to_tensor=True)
+    unit = build(demo_lm, normalize=True).encode(TEXTS, convert_to_tensor=True)
+    assert_close(unit, torch.nn.functional.normalize(plain, dim=-1), atol=1e-5, rtol=0)
+
+
+def test_saved_it_is_one_dense_with_a_bias(demo_lm: Path, tmp_path: Path) -> None:
+    model = build(demo_lm)
+    expected = model.encode(TEXTS)
+    st_embfilter.save_pretrained(model, tmp_path / "model")
+    assert json.loads((tmp_path / "model/2_Dense/config.json").read_text())["bias"] is True
+    plain = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert_close(plain.encode(TEXTS), expected, atol=1e-5, rtol=0)
+    again = st_embfilter.load(tmp_path / "model", device="cpu")
+    assert_close(again.encode(TEXTS), expected, atol=1e-6, rtol=0)
+    model.save_pretrained(str(tmp_path / "plugin"))
+    live = SentenceTransformer(str(tmp_path / "plugin"), device="cpu", trust_remote_code=True)
+    assert_close(live.encode(TEXTS), expected, atol=1e-6, rtol=0)
+    assert filter_of(live).metadata == filter_of(model).metadata
+    assert live.half()[2].linear.bias.dtype == torch.float32
+
+
+def test_the_record(demo_lm: Path) -> None:
+    record = filter_of(build(demo_lm, calibrate="self", calibration_size=32)).metadata.calibration
+    texts = sample_texts(demo_lm, 32, show_progress_bar=False)
+    assert (record.source, record.texts, record.seed) == ("self", 32, 0)
+    assert record.sha256 == texts_hash(texts)
+    given = filter_of(build(demo_lm)).metadata.calibration
+    assert (given.source, given.texts, given.seed) == ("texts", len(TEXTS), None)
+
+
+def test_a_filter_is_calibrated_once(demo_lm: Path) -> None:
+    with pytest.raises(CalibrationError, match="at most once"):
+        st_embfilter.calibrate_filter(build(demo_lm), TEXTS)
+    with pytest.raises(CalibrationError, match="None, 'self' or a sequence"):
+        build(demo_lm, calibrate="corpus")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: None, "must be \\['linear.weight'\\]"),
+        (lambda r: {**r, "strength": 2.0}, "in \\[0, 1\\]"),
+        (lambda r: {**r, "texts": "many"}, "texts must be int"),
+        (lambda r: {**r, "source": "dream"}, "'self' or 'texts'"),
+    ],
+)
+def test_a_record_that_does_not_fit(demo_lm: Path, change: object, message: str) -> None:
+    layer = filter_of(build(demo_lm))
+    document = json.loads(layer.metadata.to_json())
+    document["calibration"] = change(document["calibration"])
+    with pytest.raises(FormatError, match=message):
+        assemble(layer.weights(), json.dumps(document), None)
