@@ -55,9 +55,9 @@ def load_backbone(
 ) -> Transformer:
     """A decoder backbone as the first module of a `SentenceTransformer`.
 
-    Texts are tokenized as they are, never through the checkpoint's chat template. A tokenizer without a padding
-    token gets an existing token as one; it is masked out everywhere. Padding goes to the right,
-    which leaves the positions of all texts the same in every batch.
+    Texts are tokenized as they are, never through the checkpoint's chat template. A tokenizer
+    without a padding token gets an existing token as one; it is masked out everywhere. Padding goes
+    to the right, which leaves the positions of all texts the same in every batch.
 
     Args:
         name_or_path: Folder or Hub id of a language model.

@@ -4,6 +4,9 @@ This file needs nothing of st-embfilter: it travels in the folders of models tha
 `trust_remote_code=True` runs it from there.
 """
 
+# The types of sentence-transformers' modules differ between the versions that this file serves.
+# mypy: disable-error-code="no-redef, override, union-attr, misc"
+
 from __future__ import annotations
 
 from typing import Any, ClassVar

@@ -26,19 +26,18 @@ MESSAGES: Final[dict[str, Any]] = {
     "message": {**TEXT_ONLY["text"], "format": "flat"},
 }
 
-#: The one tokenizer class that reads `tokenizer.json` as it is, in transformers 4 and 5. Classes of
-#: a model family put a post-processor of their own in the place of the template.
+#: The one class that reads `tokenizer.json` as it is, in transformers 4 and 5.
 _TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"
 
-#: Keys of `tokenizer_config.json` that make a tokenizer class build its post-processor anew, or
-#: that name another class.
+#: Keys of `tokenizer_config.json` that make any class build its post-processor anew, or that name
+#: another class.
 _REBUILDING_KEYS: Final = ("add_bos_token", "add_eos_token", "auto_map")
 
-#: Other sources of a vocabulary, from which some stacks would build a tokenizer without the prompt.
-_OTHER_VOCABULARIES: Final = re.compile(
-    r"(vocab|tekken)\.json|merges\.txt|vocab\.txt|.*\.(model|spm|tiktoken)"
+#: Other sources of a vocabulary, from which a stack would make a tokenizer without the prompt, and
+#: chat templates, which would go before the one in `tokenizer_config.json`.
+_SOURCE_FILES: Final = re.compile(
+    r"(vocab|tekken|chat_template)\.json|merges\.txt|vocab\.txt|.*\.(model|spm|tiktoken|jinja)"
 )
-_CHAT_TEMPLATES: Final = re.compile(r"chat_template\.(json|jinja)")
 
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -48,9 +47,9 @@ _PROBES: Final = ("", "word", " word ", "A word.", '"A word?"', "(1)\n", "\u05e9
 
 def transformer_class(recipe: Recipe | None) -> type[Transformer]:
     """The first module of a model with this recipe."""
-    if isinstance(recipe, Echo):
-        return EchoTransformer
-    return MetaEOLTransformer if isinstance(recipe, MetaEOL) else Transformer
+    own: dict[type, type[Transformer]] = {Echo: EchoTransformer, MetaEOL: MetaEOLTransformer}
+    found: type[Transformer] = own.get(type(recipe), Transformer)
+    return found
 
 
 def modality_config(recipe: Recipe | None) -> dict[str, Any]:
@@ -73,43 +72,40 @@ def apply_recipe(backbone: Transformer, recipe: Recipe, pooling: str | None = No
     Raises:
         PromptError: If the tokenizer or `max_seq_length` does not fit the recipe.
     """
-    tokenizer: PreTrainedTokenizerBase = backbone.tokenizer
-    width = backbone.get_embedding_dimension()
     if pooling is not None and not isinstance(recipe, PromptEOL):
         raise PromptError(f"{recipe.name} has a pooling of its own, got pooling={pooling!r}")
+    width = backbone.get_embedding_dimension()
+    tokenizer = frozen(backbone.tokenizer)
     lead = leading_ids(tokenizer)
     pieces = [
         [token_ids(tokenizer, piece) for piece in template.split(SLOT)]
         for template in recipe.templates
     ]
-    copies = 1
+    module: Pooling = Pooling(width, "mean")
     if isinstance(recipe, MetaEOL):
-        prompt_token_ids = [[lead + before, after] for before, after in pieces]
-        backbone.prompt_token_ids = prompt_token_ids
-        fixed = max(len(before) + len(after) for before, after in prompt_token_ids)
-        module = Pooling(width, "mean")
+        prompts = [[lead + before, after] for before, after in pieces]
+        backbone.prompt_token_ids = prompts  # type: ignore[assignment] # of MetaEOLTransformer
+        fixed = max(len(before) + len(after) for before, after in prompts)
     elif isinstance(recipe, Echo):
-        copies = 2
-        edge = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-        if edge[1] is None:
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if eos is None:
             raise PromptError("ECHO closes texts with an EOS token, got a tokenizer without one")
-        first = edge[1] if edge[0] is None else edge[0]
         before, middle, _ = pieces[0]
-        fixed_ids = [[first, *before], middle, [edge[1]]]
-        backbone.processor = templated(tokenizer, fixed_ids)
-        fixed = sum(map(len, fixed_ids))
+        put_around(tokenizer, [[eos if bos is None else bos, *before], middle, [eos]])
+        fixed = tokenizer.num_special_tokens_to_add()
         module = EchoPooling(width, fixed)
+    elif recipe.encoding == "exact":
+        tokenizer.chat_template = chat_template(tokenizer, recipe.templates[0])
+        fixed = len(_rendered_ids(tokenizer, ""))
+        module = Pooling(width, pooling or "lasttoken")
     else:
         before, after = pieces[0]
-        if recipe.encoding == "exact":
-            tokenizer.chat_template = chat_template(tokenizer, recipe.templates[0])
-            fixed = len(_rendered_ids(tokenizer, ""))
-        else:
-            backbone.processor = templated(tokenizer, [lead + before, after])
-            fixed = len(lead) + len(before) + len(after)
+        put_around(tokenizer, [lead + before, after])
+        fixed = tokenizer.num_special_tokens_to_add()
         module = Pooling(width, pooling or "lasttoken")
+    backbone.processor = tokenizer
     limit = backbone.max_seq_length
-    if limit is not None and limit < fixed + copies:
+    if limit is not None and limit < fixed + (2 if isinstance(recipe, Echo) else 1):
         raise PromptError(
             f"max_seq_length must leave room for the text beside the {fixed} tokens of the prompt, "
             f"got {limit}; raise it or shorten the template"
@@ -132,46 +128,24 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(encoded["input_ids"][: mask.index(0)])
 
 
-def templated(
-    tokenizer: PreTrainedTokenizerBase, fixed_ids: Sequence[list[int]]
-) -> PreTrainedTokenizerFast:
-    """A tokenizer that puts fixed ids around and between its text, by its own post-processor.
+def frozen(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerFast:
+    """A copy that any stack makes from its `tokenizer.json` alone, and that all make alike.
 
-    Truncation cuts the text and nothing else. Type ids are 1 from the second text on.
-
-    Args:
-        tokenizer: Stays as it is.
-        fixed_ids: Ids before, between and after the text: one list more than texts.
+    Tokenizer classes of a model family differ between versions of transformers, and put a
+    post-processor of their own in the place of the template.
 
     Raises:
         PromptError: If it is no tokenizer of the tokenizers library.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
+    if tokenizer is None or not isinstance(backend, Tokenizer):
         raise PromptError(
-            f"this recipe needs a tokenizer that tokenizer.json can hold, got "
+            f"a prompt recipe needs a tokenizer that tokenizer.json can hold, got "
             f"{type(tokenizer).__name__}"
         )
-    sequence: list[str] = []
-    special_tokens = []
-    for i, ids in enumerate(fixed_ids):
-        kind = int(i > 1)
-        if ids:
-            name = f"prompt{i}"
-            tokens = tokenizer.convert_ids_to_tokens(ids)
-            special_tokens.append({"id": name, "ids": ids, "tokens": tokens})
-            sequence.append(f"{name}:{kind}")
-        if i < len(fixed_ids) - 1:
-            sequence.append(f"$A:{i}")
-    copy = Tokenizer.from_str(_backend_json(tokenizer))
-    copy.post_processor = processors.TemplateProcessing(
-        single=sequence,
-        pair=[*sequence, *(piece.replace("$A", "$B") for piece in sequence)],
-        special_tokens=special_tokens,
-    )
     present = {name: getattr(tokenizer, name) for name in _SPECIAL_TOKENS}
     return PreTrainedTokenizerFast(
-        tokenizer_object=copy,
+        tokenizer_object=Tokenizer.from_str(_backend_json(tokenizer)),
         **{name: token for name, token in present.items() if token is not None},
         model_max_length=tokenizer.model_max_length,
         padding_side=tokenizer.padding_side,
@@ -179,6 +153,32 @@ def templated(
         model_input_names=list(tokenizer.model_input_names),
         chat_template=tokenizer.chat_template,
         clean_up_tokenization_spaces=False,
+    )
+
+
+def put_around(tokenizer: PreTrainedTokenizerFast, fixed_ids: Sequence[list[int]]) -> None:
+    """Makes the tokenizer put fixed ids around and between its text, by its post-processor.
+
+    Truncation cuts the text and nothing else. Type ids are 1 from the second text on.
+
+    Args:
+        tokenizer: Changed in place.
+        fixed_ids: Ids before, between and after the text: one list more than texts.
+    """
+    sequence: list[str] = []
+    special_tokens = []
+    for i, ids in enumerate(fixed_ids):
+        if ids:
+            name = f"prompt{i}"
+            tokens = tokenizer.convert_ids_to_tokens(ids)
+            special_tokens.append({"id": name, "ids": ids, "tokens": tokens})
+            sequence.append(f"{name}:{int(i > 1)}")
+        if i < len(fixed_ids) - 1:
+            sequence.append(f"$A:{i}")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=sequence,
+        pair=[*sequence, *(piece.replace("$A", "$B") for piece in sequence)],
+        special_tokens=special_tokens,
     )
 
 
@@ -211,34 +211,33 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     )
 
 
-def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Puts the prompt into the tokenizer files of a saved model.
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Writes the tokenizer of a prompt recipe over the tokenizer files of its source.
 
     Args:
         folder: Holds the files of the source already.
         tokenizer: The live one, after `apply_recipe`.
-        recipe: What was applied; MetaEOL leaves the tokenizer as it was.
     """
+    for path in folder.iterdir():
+        if _SOURCE_FILES.fullmatch(path.name):
+            path.unlink()
+    document = json.loads(_backend_json(tokenizer))
+    (folder / TOKENIZER_FILE).write_text(
+        json.dumps(document, indent=2, ensure_ascii=False), encoding="utf-8"
+    )
     path = folder / TOKENIZER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if isinstance(recipe, MetaEOL):
-        return
-    if isinstance(recipe, PromptEOL) and recipe.encoding == "exact":
-        _remove(folder, _CHAT_TEMPLATES)
+    for key in _REBUILDING_KEYS:
+        config.pop(key, None)
+    config["tokenizer_class"] = _TOKENIZER_CLASS
+    config["model_input_names"] = list(tokenizer.model_input_names)
+    if isinstance(tokenizer.chat_template, str):
         config["chat_template"] = tokenizer.chat_template
-    else:
-        _remove(folder, _OTHER_VOCABULARIES)
-        document = json.loads(_backend_json(tokenizer))
-        text = json.dumps(document, indent=2, ensure_ascii=False)
-        (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
-        for key in _REBUILDING_KEYS:
-            config.pop(key, None)
-        config["tokenizer_class"] = _TOKENIZER_CLASS
-        config["model_input_names"] = list(tokenizer.model_input_names)
-        for name in _SPECIAL_TOKENS:  # which a class of a model family may only know by itself
-            token, stored = getattr(tokenizer, name), config.get(name)
-            if token is not None and token not in (stored, _content(stored)):
-                config[name] = token
+    for name in _SPECIAL_TOKENS:  # which a class of a model family may only know by itself
+        token, stored = getattr(tokenizer, name), config.get(name)
+        content = stored.get("content") if isinstance(stored, dict) else stored
+        if token is not None and token != content:
+            config[name] = token
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
 
@@ -255,19 +254,9 @@ def _rendered_ids(
 ) -> list[int]:
     message = [{"role": "user", "content": text}]
     rendered = tokenizer.apply_chat_template(message, chat_template=jinja, tokenize=False)
-    return token_ids(tokenizer, rendered)
+    return token_ids(tokenizer, str(rendered))
 
 
 def _literal(text: str) -> str:
     """A Jinja string literal."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else None
-
-
-def _remove(folder: Path, names: re.Pattern[str]) -> None:
-    for path in folder.iterdir():
-        if names.fullmatch(path.name):
-            path.unlink()

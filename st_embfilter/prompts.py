@@ -153,9 +153,7 @@ class MetaEOL:
 
 Recipe = PromptEOL | Echo | MetaEOL
 
-_RECIPES: Final[dict[str, type[Recipe]]] = {
-    kind.name: kind for kind in (PromptEOL, Echo, MetaEOL)
-}
+_RECIPES: Final[dict[str, type[Recipe]]] = {kind.name: kind for kind in (PromptEOL, Echo, MetaEOL)}
 
 
 def parse_prompt(prompt: str | Recipe | None, encoding: Encoding | None = None) -> Recipe | None:

@@ -2,7 +2,8 @@
 
 Every stack reads the names and keys of early sentence-transformers, so those are written, whatever
 version is installed. Prompt recipes that need code of their own (ECHO, MetaEOL) are saved in plugin
-form: the same folder and that code, which `trust_remote_code=True` runs from there. See `portable_files` for the small files and `save_pretrained` for the rest.
+form: the same folder and that code, which `trust_remote_code=True` runs from there. See
+`portable_files` for the small files and `save_pretrained` for the rest.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ def _recipe(layer: EmbedFilterLayer) -> Recipe | None:
 
 
 def _transformer_config(transformer: Transformer, recipe: Recipe | None) -> dict[str, Any]:
-    config = {
+    config: dict[str, Any] = {
         "max_seq_length": transformer.max_seq_length,
         "do_lower_case": bool(getattr(transformer, "do_lower_case", False)),
     }
@@ -259,9 +260,8 @@ def _write_backbone(model: SentenceTransformer, source: Path | None, target: Pat
     else:
         inner.save_pretrained(str(target))  # type: ignore[operator]
         model.tokenizer.save_pretrained(str(target))
-    recipe = _recipe(_pipeline(model)[2])
-    if recipe is not None:
-        write_tokenizer(target, model.tokenizer, recipe)
+    if _pipeline(model)[2].metadata.prompt is not None:
+        write_tokenizer(target, model.tokenizer)
 
 
 def _replace(staging: Path, target: Path) -> None:
