@@ -205,6 +205,14 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     return kind(**{key: data[key] for key in keys})
 
 
+def describe_recipe(recipe: Recipe | None) -> str:
+    """One line about a recipe: its name, its encoding and its templates."""
+    if recipe is None:
+        return "none (plain text)"
+    encoding = f" ({recipe.encoding})" if isinstance(recipe, PromptEOL) else ""
+    return f"{recipe.name}{encoding}: {' | '.join(recipe.templates)}"
+
+
 def _check_template(template: str, slots: int) -> None:
     times = ("once", "twice")[slots - 1]
     if not isinstance(template, str):

@@ -40,12 +40,6 @@ logger = logging.getLogger(__name__)
 
 MODULES_FILE: Final = "modules.json"
 
-#: What to say of a model for which `is_plugin` is true.
-PLUGIN_NOTE: Final = (
-    "saved in plugin form, because no portable folder can express its prompt; load it with "
-    "trust_remote_code=True"
-)
-
 #: Modules that are saved with their code, by file. By name, because those that were loaded from
 #: such a folder are classes of their own.
 _PLUGIN_CLASSES: Final = {
@@ -113,7 +107,11 @@ def save_pretrained(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     if is_plugin(model):
-        logger.warning("%s: %s", target, PLUGIN_NOTE)
+        logger.warning(
+            "%s is in plugin form, because no portable folder can express its prompt; load it with "
+            "trust_remote_code=True",
+            target,
+        )
     return target
 
 

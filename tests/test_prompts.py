@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -16,9 +17,11 @@ import transformers.dynamic_module_utils
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from typer.testing import CliRunner
 
 import st_embfilter
 from st_embfilter import Echo, MetaEOL, PromptEOL
+from st_embfilter.cli.app import app
 from st_embfilter.errors import FormatError, PromptError
 from st_embfilter.layer import filter_of
 from st_embfilter.metadata import FilterMetadata
@@ -530,3 +533,18 @@ def test_wrong_recipes() -> None:
     for templates in ((), "{text}"):
         with pytest.raises(PromptError, match="a list of at least one template, got"):
             MetaEOL(templates)
+
+
+# Command line ---------------------------------------------------------------------------------
+
+
+def test_command_line(tmp_path: Path) -> None:
+    def cli(*arguments: object) -> str:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return re.sub(r"\s+", " ", result.output)
+
+    path = tmp_path / "model"
+    template = 'In a word, "{text}" is "'
+    cli("build", DEMO_LM, "-o", path, "--prompt", template, "--prompt-encoding", "exact", "-q")
+    assert f"prompteol (exact): {template}" in cli("inspect", path)
+    assert "one of prompteol, echo, metaeol" in cli("build", DEMO_LM, "-o", "x", "--prompt", "eol")
