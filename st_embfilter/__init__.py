@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     )
     from st_embfilter.errors import EmbedFilterError
     from st_embfilter.layer import EmbedFilterLayer
+    from st_embfilter.prompts import Echo, MetaEOL, PromptEOL
     from st_embfilter.publish import save_pretrained
     from st_embfilter.sampling import sample_texts
     from st_embfilter.spectrum import Band, Spectrum
 
 __all__ = [
     "Band",
+    "Echo",
     "EmbedFilterError",
     "EmbedFilterLayer",
+    "MetaEOL",
+    "PromptEOL",
     "Spectrum",
     "__version__",
     "add_filter",
@@ -39,8 +43,11 @@ __all__ = [
 # Names load with their first use: the command line's --help must not wait for torch.
 _HOMES = {
     "Band": "spectrum",
+    "Echo": "prompts",
     "EmbedFilterError": "errors",
     "EmbedFilterLayer": "layer",
+    "MetaEOL": "prompts",
+    "PromptEOL": "prompts",
     "Spectrum": "spectrum",
     "add_filter": "build",
     "build_filter": "build",

@@ -50,12 +50,14 @@ def load_backbone(
     revision: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
+    module_class: type[Transformer] = Transformer,
+    modality_config: dict[str, Any] = TEXT_ONLY,
 ) -> Transformer:
     """A decoder backbone as the first module of a `SentenceTransformer`.
 
-    Texts are tokenized as they are, never through a chat template. A tokenizer without a padding
-    token gets an existing token as one; it is masked out everywhere. Padding goes to the right,
-    which leaves the positions of all texts the same in every batch.
+    Texts are tokenized as they are, never through the checkpoint's chat template. A tokenizer
+    without a padding token gets an existing token as one; it is masked out everywhere. Padding goes
+    to the right, which leaves the positions of all texts the same in every batch.
 
     Args:
         name_or_path: Folder or Hub id of a language model.
@@ -64,14 +66,16 @@ def load_backbone(
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
         trust_remote_code: Allow model code of the checkpoint to run.
+        module_class: What to make of it.
+        modality_config: What the module calls on the backbone.
     """
     hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-    backbone: Transformer = Transformer(
+    backbone: Transformer = module_class(
         name_or_path,
         model_kwargs={**hub, **({} if dtype is None else {"dtype": dtype})},
         processor_kwargs=dict(hub),
         config_kwargs=dict(hub),
-        modality_config=TEXT_ONLY,
+        modality_config=modality_config,
         module_output_name="token_embeddings",
     )
     tokenizer = backbone.tokenizer

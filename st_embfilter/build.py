@@ -42,7 +42,8 @@ from st_embfilter.errors import (
 )
 from st_embfilter.layer import EmbedFilterLayer, assemble, check_placement, filter_of
 from st_embfilter.metadata import METADATA_FILE, SPECTRUM_FILE, FilterMetadata
-from st_embfilter.prompts import check_prompt
+from st_embfilter.prompting import apply_recipe, modality_config, transformer_class
+from st_embfilter.prompts import Encoding, Recipe, parse_prompt
 from st_embfilter.sampling import sample_texts
 from st_embfilter.spectrum import Band, Precision
 from st_embfilter.unembedding import (
@@ -65,7 +66,8 @@ _FILTER_FOLDERS = (("2_Dense", ""), ("2_EmbedFilterLayer", "2_EmbedFilterLayer")
 def from_causal_lm(
     name_or_path: str | os.PathLike[str],
     *,
-    prompt: str | None = None,
+    prompt: str | Recipe | None = None,
+    prompt_encoding: Encoding | None = None,
     pooling: str | None = None,
     keep: float | int = 0.5,
     band: str | Band = "bulk",
@@ -86,7 +88,9 @@ def from_causal_lm(
 
     Args:
         name_or_path: Folder or Hub id of a causal language model.
-        prompt: Prompt recipe; None embeds the plain text.
+        prompt: Prompt recipe: "prompteol", "echo", "metaeol", a template with one `{text}`, or a
+            `PromptEOL`, `Echo` or `MetaEOL`; None embeds the plain text.
+        prompt_encoding: "portable" or "exact", see `PromptEOL`; None for the recipe's own.
         pooling: "mean", "lasttoken" or another mode of `Pooling`; None for the recipe's own (mean
             for plain text).
         keep: Ratio of directions kept in (0, 1], or their number as an int.
@@ -97,7 +101,7 @@ def from_causal_lm(
         calibration_strength: In [0, 1].
         calibration_size: Number of texts that the model writes.
         calibration_seed: Of their sampling.
-        max_seq_length: Longest text in tokens; None for the model's own limit.
+        max_seq_length: Longest text in tokens, its prompt included; None for the model's own limit.
         device: Where the model runs; None for the best at hand.
         dtype: Of the backbone, as in transformers. The filter is float32 in any case.
         revision: Branch, tag or commit on the Hub.
@@ -112,7 +116,7 @@ def from_causal_lm(
         EmbedFilterError: If the model is no decoder LM, or an argument is out of range.
     """
     name = os.fspath(name_or_path)
-    check_prompt(prompt)
+    recipe = parse_prompt(prompt, prompt_encoding)
     check_strength(calibration_strength)
     if isinstance(calibrate, str) and calibrate != "self":
         raise CalibrationError(
@@ -136,10 +140,18 @@ def from_causal_lm(
         revision=revision,
         token=token,
         trust_remote_code=trust_remote_code,
+        module_class=transformer_class(recipe),
+        modality_config=modality_config(recipe),
     )
     width = backbone.get_embedding_dimension()
     _check_width(layer, width)
-    modules: list[nn.Module] = [backbone, Pooling(width, pooling or "mean"), layer]
+    if recipe is None:
+        pool = Pooling(width, pooling or "mean")
+    else:
+        recipe = recipe.for_model(backbone.config.model_type)
+        pool = apply_recipe(backbone, recipe, pooling)
+        layer.metadata = replace(layer.metadata, prompt=recipe.to_dict())
+    modules: list[nn.Module] = [backbone, pool, layer]
     if normalize:
         modules.append(Normalize())
     model = SentenceTransformer(modules=modules, device=device)

@@ -14,7 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 from st_embfilter.calibration import Calibration
-from st_embfilter.errors import BandError, FormatError
+from st_embfilter.errors import BandError, FormatError, PromptError
+from st_embfilter.prompts import recipe_from_dict
 from st_embfilter.spectrum import Band
 from st_embfilter.unembedding import Provenance
 
@@ -43,7 +44,8 @@ class FilterMetadata:
     Attributes:
         provenance: The unembedding matrix it was made from.
         band: Which directions it keeps; `band.keep` is the width as asked for.
-        prompt: The prompt recipe of the model it was saved with, as a JSON object, or None.
+        prompt: The prompt recipe of the model it was saved with, as a JSON object, or None; see
+            `recipe_from_dict`.
         versions: Library versions at the time it was made.
         calibration: How it was calibrated; None for the filter alone.
     """
@@ -124,7 +126,7 @@ class FilterMetadata:
         metadata = cls(
             provenance=provenance,
             band=_band(window),
-            prompt=None if prompt is None else _object(prompt, "prompt"),
+            prompt=None if prompt is None else _prompt(_object(prompt, "prompt")),
             versions=_object(document.get("versions", {}), "versions"),
             calibration=_calibration(document.get("calibration")),
         )
@@ -171,6 +173,13 @@ def _calibration(value: object) -> Calibration | None:
             f"strength and shrinkage in [0, 1], got {record!r}"
         )
     return calibration
+
+
+def _prompt(data: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return recipe_from_dict(data).to_dict()
+    except PromptError as error:
+        raise FormatError(f"{METADATA_FILE}: prompt: {error}") from error
 
 
 def _parse(text: str) -> object:

@@ -1,12 +1,16 @@
 """Save a filtered model as a portable folder that loads everywhere with no custom code.
 
 Every stack reads the names and keys of early sentence-transformers, so those are written, whatever
-version is installed. See `portable_files` for the small files and `save_pretrained` for the rest.
+version is installed. Prompt recipes that need code of their own (ECHO, MetaEOL) are saved in plugin
+form: the same folder and that code, which `trust_remote_code=True` runs from there. See
+`portable_files` for the small files and `save_pretrained` for the rest.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +20,7 @@ from typing import Any, Final
 from safetensors.torch import save
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from torch import nn
 
 from st_embfilter.backbone import (
     TOKENIZER_CONFIG,
@@ -28,8 +33,20 @@ from st_embfilter.backbone import (
 from st_embfilter.errors import FormatError, OutputError
 from st_embfilter.layer import EmbedFilterLayer, check_placement
 from st_embfilter.metadata import METADATA_FILE, SPECTRUM_FILE
+from st_embfilter.prompting import write_tokenizer
+from st_embfilter.prompts import PromptEOL, Recipe, recipe_from_dict
+
+logger = logging.getLogger(__name__)
 
 MODULES_FILE: Final = "modules.json"
+
+#: Modules that are saved with their code, by file. By name, because those that were loaded from
+#: such a folder are classes of their own.
+_PLUGIN_CLASSES: Final = {
+    "EchoTransformer": "echo_pooling.py",
+    "EchoPooling": "echo_pooling.py",
+    "MetaEOLTransformer": "meta_eol.py",
+}
 
 _POOLING_KEYS: Final = {
     "cls": "pooling_mode_cls_token",
@@ -50,6 +67,8 @@ def save_pretrained(
     The folder appears complete or not at all: it is written beside the target and renamed. Files
     of the backbone are copied unchanged from where it was loaded; a backbone whose weights are no
     longer those is saved by transformers instead.
+
+    A model with ECHO or MetaEOL is saved in plugin form; a log line says so.
 
     Args:
         model: Transformer, Pooling, EmbedFilterLayer and optionally Normalize.
@@ -87,7 +106,18 @@ def save_pretrained(
         raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    if is_plugin(model):
+        logger.warning(
+            "%s is in plugin form, because no portable folder can express its prompt; load it with "
+            "trust_remote_code=True",
+            target,
+        )
     return target
+
+
+def is_plugin(model: SentenceTransformer) -> bool:
+    """Whether a model is saved with code of its own, which needs `trust_remote_code=True`."""
+    return any(_code_file(module) is not None for module in model.children())
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -120,27 +150,28 @@ def portable_files(model: SentenceTransformer) -> dict[str, bytes]:
         FormatError: If the model is not Transformer, Pooling, EmbedFilterLayer, [Normalize].
     """
     transformer, pooling, layer, normalize = _pipeline(model)
-    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense")]
+    code = {}
+    types = []
+    for module, name in ((transformer, "Transformer"), (pooling, "Pooling")):
+        file = _code_file(module)
+        if file is None:
+            types.append(f"sentence_transformers.models.{name}")
+        else:
+            code[file.name] = file.read_bytes()
+            types.append(f"{file.stem}.{type(module).__name__}")
+    modules = [(types[0], ""), (types[1], "1_Pooling")]
+    modules.append(("sentence_transformers.models.Dense", "2_Dense"))
     if normalize:
-        modules.append(("Normalize", "3_Normalize"))
+        modules.append(("sentence_transformers.models.Normalize", "3_Normalize"))
     files = {
+        **code,
         MODULES_FILE: _json(
             [
-                {
-                    "idx": i,
-                    "name": str(i),
-                    "path": folder,
-                    "type": f"sentence_transformers.models.{name}",
-                }
+                {"idx": i, "name": str(i), "path": folder, "type": name}
                 for i, (name, folder) in enumerate(modules)
             ]
         ),
-        "sentence_bert_config.json": _json(
-            {
-                "max_seq_length": transformer.max_seq_length,
-                "do_lower_case": bool(getattr(transformer, "do_lower_case", False)),
-            }
-        ),
+        "sentence_bert_config.json": _json(_transformer_config(transformer, _recipe(layer))),
         "config_sentence_transformers.json": _json(
             {
                 "prompts": dict(model.prompts),
@@ -148,7 +179,9 @@ def portable_files(model: SentenceTransformer) -> dict[str, bytes]:
                 "similarity_fn_name": str(model.similarity_fn_name),
             }
         ),
-        "1_Pooling/config.json": _json(_pooling_config(pooling)),
+        "1_Pooling/config.json": _json(
+            pooling.get_config_dict() if _code_file(pooling) else _pooling_config(pooling)
+        ),
         "2_Dense/config.json": _json(layer.get_config_dict()),
         "2_Dense/model.safetensors": save(layer.weights()),
         METADATA_FILE: layer.metadata.to_json().encode(),
@@ -177,6 +210,31 @@ def _pipeline(
     return modules[0], modules[1], modules[2], len(modules) == 4  # type: ignore[return-value]
 
 
+def _code_file(module: nn.Module) -> Path | None:
+    """The one file with the code of a module that travels with the model."""
+    name = _PLUGIN_CLASSES.get(type(module).__name__)
+    file = Path(inspect.getfile(type(module)))
+    return file if file.name == name else None
+
+
+def _recipe(layer: EmbedFilterLayer) -> Recipe | None:
+    prompt = layer.metadata.prompt
+    return None if prompt is None else recipe_from_dict(prompt)
+
+
+def _transformer_config(transformer: Transformer, recipe: Recipe | None) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "max_seq_length": transformer.max_seq_length,
+        "do_lower_case": bool(getattr(transformer, "do_lower_case", False)),
+    }
+    if isinstance(recipe, PromptEOL) and recipe.encoding == "exact":
+        config["modality_config"] = transformer.modality_config
+        config["module_output_name"] = transformer.module_output_name
+    if hasattr(transformer, "prompt_token_ids"):
+        config["prompt_token_ids"] = transformer.prompt_token_ids
+    return config
+
+
 def _pooling_config(pooling: Pooling) -> dict[str, Any]:
     mode = pooling.pooling_mode
     modes = (mode,) if isinstance(mode, str) else tuple(mode)
@@ -200,6 +258,8 @@ def _write_backbone(model: SentenceTransformer, source: Path | None, target: Pat
     else:
         inner.save_pretrained(str(target))  # type: ignore[operator]
         model.tokenizer.save_pretrained(str(target))
+    if _pipeline(model)[2].metadata.prompt is not None:
+        write_tokenizer(target, model.tokenizer)
 
 
 def _replace(staging: Path, target: Path) -> None:

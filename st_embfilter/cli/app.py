@@ -107,4 +107,5 @@ def quiet_libraries(model: str | Path, quiet: bool) -> None:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if quiet:
-        logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+        for name in ("sentence_transformers", "st_embfilter"):
+            logging.getLogger(name).setLevel(logging.ERROR)

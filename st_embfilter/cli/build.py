@@ -27,6 +27,15 @@ def build(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     keep: Keep = "0.5",
     band: BandName = "bulk",
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help='prompteol, echo, metaeol or a template like \'In a word, "{text}" is "\'.'
+        ),
+    ] = None,
+    prompt_encoding: Annotated[
+        str | None, typer.Option(help="portable or exact, of prompteol and templates.")
+    ] = None,
     pooling: Annotated[str | None, typer.Option(help="mean, lasttoken, ...")] = None,
     normalize: Annotated[bool, typer.Option(help="Embeddings of unit length.")] = False,
     calibrate: Annotated[
@@ -52,7 +61,10 @@ def build(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Build a filtered embedding model and save it as a portable folder."""
+    """Build a filtered embedding model and save it as a portable folder.
+
+    A prompt of echo or metaeol needs code of its own, which goes into the folder.
+    """
     width = parse_keep(keep)
     quiet_libraries(model, quiet)
     from st_embfilter.build import from_causal_lm
@@ -62,6 +74,8 @@ def build(
     check_target(output, overwrite=overwrite)
     filtered = from_causal_lm(
         model,
+        prompt=prompt,
+        prompt_encoding=prompt_encoding,  # type: ignore[arg-type] # checked there
         keep=width,
         band=band,
         pooling=pooling,

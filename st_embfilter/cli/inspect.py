@@ -20,8 +20,10 @@ def inspect(
     """Show backbone, window, spectrum and hashes of a filtered model."""
     quiet_libraries(model, quiet=False)
     from st_embfilter.build import load_filter
+    from st_embfilter.prompts import describe_recipe, recipe_from_dict
 
     layer = load_filter(model)
+    prompt = layer.metadata.prompt
     source = layer.metadata.provenance
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
@@ -34,7 +36,7 @@ def inspect(
         "sha256": source.sha256,
         **_spectrum_rows(layer),
         "Calibration": _calibration(layer),
-        "Prompt": str(layer.metadata.prompt or "none (plain text)"),
+        "Prompt": describe_recipe(recipe_from_dict(prompt) if prompt else None),
         "Versions": ", ".join(f"{k} {v}" for k, v in layer.metadata.versions.items()),
     }
     for name, value in rows.items():

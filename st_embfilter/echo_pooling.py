@@ -1,0 +1,93 @@
+"""ECHO for sentence-transformers: every text twice, pooled over the second time.
+
+This file needs nothing of st-embfilter: it travels in the folders of models that use it, and
+`trust_remote_code=True` runs it from there.
+"""
+
+# The types of sentence-transformers' modules differ between the versions that this file serves.
+# mypy: disable-error-code="no-redef, override, union-attr, misc"
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+try:
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+except ImportError:  # sentence-transformers < 5.4
+    from sentence_transformers.models import Pooling, Transformer
+
+_LONGEST = 2**30  # instead of the huge number that stands for "no limit" in tokenizers
+
+
+class EchoTransformer(Transformer):
+    """A Transformer whose tokenizer repeats the text; `max_seq_length` bounds the total length.
+
+    The tokenizer's own template does the repeating (`tokenizer.json`); alone it would cut the text
+    to what fits once.
+    """
+
+    def preprocess(
+        self, inputs: list[str], prompt: str | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Tokenizes a batch; a prompt goes in front of the text, both times.
+
+        Returns:
+            input_ids and attention_mask, (batch, tokens).
+
+        Raises:
+            ValueError: If `max_seq_length` leaves no room for the text.
+        """
+        fixed = self.tokenizer.num_special_tokens_to_add()
+        limit = min(self.max_seq_length or _LONGEST, _LONGEST)
+        if limit < fixed + 2:
+            raise ValueError(
+                f"max_seq_length must leave room for the text twice beside the {fixed} tokens of "
+                f"the prompt, got {limit}"
+            )
+        batch = self.tokenizer(
+            [(prompt or "") + text for text in inputs],
+            padding=True,
+            truncation=True,
+            # The tokenizer takes the fixed tokens off once and uses the rest twice.
+            max_length=(limit + fixed) // 2,
+            return_token_type_ids=False,
+            return_tensors="pt",
+        )
+        return dict(batch)
+
+    def tokenize(self, texts: list[str], **kwargs: Any) -> dict[str, Any]:
+        """The name of `preprocess` in sentence-transformers < 5.4."""
+        return self.preprocess(texts)
+
+
+class EchoPooling(Pooling):
+    """Mean over the second occurrence of the text and the closing token.
+
+    A sequence of n tokens holds the text twice and `fixed_tokens` others, one of them at its end;
+    so the last (n - fixed_tokens) / 2 + 1 tokens are pooled, whatever the padding side.
+
+    Args:
+        embedding_dimension: Width of the token embeddings.
+        fixed_tokens: Number of tokens that are the same for all texts.
+    """
+
+    config_keys: ClassVar[list[str]] = ["embedding_dimension", "fixed_tokens"]
+
+    def __init__(self, embedding_dimension: int, fixed_tokens: int) -> None:
+        super().__init__(embedding_dimension, "mean")
+        self.embedding_dimension = embedding_dimension
+        self.fixed_tokens = fixed_tokens
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Pools `token_embeddings` (batch, tokens, d) to `sentence_embedding` (batch, d)."""
+        mask = features["attention_mask"]
+        pooled = super().forward({**features, "attention_mask": self.second_occurrence(mask)})
+        return {**pooled, "attention_mask": mask}
+
+    def second_occurrence(self, attention_mask: Tensor) -> Tensor:
+        """The mask (batch, tokens) of what is pooled, from that of all tokens."""
+        from_the_end = attention_mask.flip(1).cumsum(1).flip(1)  # 1 at the last token
+        text = (attention_mask.sum(1, keepdim=True) - self.fixed_tokens) // 2
+        return attention_mask * (from_the_end <= text + 1)
