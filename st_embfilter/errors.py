@@ -37,3 +37,11 @@ class OutputError(EmbedFilterError, OSError):
 
 class PromptError(EmbedFilterError, ValueError):
     """An unknown or malformed prompt recipe."""
+
+
+class CorpusError(EmbedFilterError, ValueError):
+    """Texts to count or to embed cannot be read as asked."""
+
+
+class LensError(EmbedFilterError, ValueError):
+    """The lens cannot read this model as asked."""
