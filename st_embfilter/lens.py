@@ -127,7 +127,7 @@ def pooled_embeddings(
             takewhile(lambda module: not isinstance(module, EmbedFilterLayer), model.children())
         ),
         device=str(model.device),
-        prompts=model.prompts,
+        prompts={name: text for name, text in model.prompts.items() if text is not None},
         default_prompt_name=model.default_prompt_name,
     )
     with layer_output(model, layer):

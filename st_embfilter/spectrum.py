@@ -326,8 +326,8 @@ class Band:
         if (self.order is not None) != (self.family == "optimal"):
             raise BandError(
                 "order= belongs to family 'optimal' and only there, got family "
-                f"{self.family!r} {'without' if self.order is None else 'with'} it; measure it with "
-                "spectroscopy.optimal_band"
+                f"{self.family!r} {'without' if self.order is None else 'with'} it; measure one "
+                "with spectroscopy.optimal_band"
             )
         if self.order is not None:
             object.__setattr__(self, "order", _checked_order(self.order))
