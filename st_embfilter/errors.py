@@ -45,3 +45,7 @@ class CorpusError(EmbedFilterError, ValueError):
 
 class LensError(EmbedFilterError, ValueError):
     """The lens cannot read this model as asked."""
+
+
+class MissingPackageError(EmbedFilterError, ImportError):
+    """An optional package is needed and not installed."""

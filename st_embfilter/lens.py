@@ -50,6 +50,12 @@ class LensResult:
         return float(torch.isin(self.ids, tokens).to(torch.float64).mean())
 
 
+def visible(token: str) -> str:
+    """A token as it is shown: without spaces around, escaped where nothing else would be seen."""
+    stripped = token.strip()
+    return stripped if stripped and stripped.isprintable() else repr(token)
+
+
 def logit_lens(
     embeddings: Tensor,
     unembedding: Unembedding,
