@@ -21,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Module
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from st_embfilter import plots
 from st_embfilter.anisotropy import Anisotropy, anisotropy
@@ -231,6 +232,29 @@ def open_model(
     return model, unembedding
 
 
+def load_tokenizer(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, to count a corpus with before the model is opened.
+
+    Raises:
+        UnembeddingError: If there is no such model.
+        LensError: If it has no tokenizer.
+    """
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    open_unembedding(name_or_path, **common)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **common)
+    except (OSError, ValueError) as error:
+        raise LensError(
+            f"the lens needs the model's tokenizer, got none in {name_or_path}; add its files"
+        ) from error
+    return tokenizer
+
+
 def look(
     model: SentenceTransformer,
     unembedding: Unembedding,
@@ -429,7 +453,13 @@ def _template(name: str) -> Template:
         keep_trailing_newline=True,
     )
     environment.filters["code"] = _code
+    environment.filters["literal"] = _literal
     return environment.get_template(name)
+
+
+def _literal(text: str) -> str:
+    """Text on one line that Markdown takes as it is."""
+    return re.sub(r"([\\`*_\[\]<>|$&~])", r"\\\1", " ".join(text.split()))
 
 
 def _code(text: str) -> str:

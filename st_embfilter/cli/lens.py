@@ -26,10 +26,11 @@ def lens(
         str, typer.Argument(help="Folder or Hub id of a filtered model or a causal LM.")
     ],
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to look at.")
+        list[str] | None, typer.Argument(metavar="TEXT", help="Texts to look at.")
     ] = None,
     keep: Annotated[
-        str | None, typer.Option(help="For a causal LM: ratio or number of directions [0.5].")
+        str | None,
+        typer.Option(help="For a causal LM: ratio or number of directions kept, 0.5 if not given."),
     ] = None,
     band: Annotated[
         str | None,
@@ -39,12 +40,17 @@ def lens(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="For a causal LM: prompt recipe.")] = None,
     layer: Annotated[
-        int | None, typer.Option(help="Read this layer instead of the output, 0 the embeddings.")
+        int | None,
+        typer.Option(
+            help="Read this layer's states, 0 for the embeddings; the output if not given."
+        ),
     ] = None,
     top_k: Annotated[int, typer.Option(help="Tokens of each text.", min=1)] = 5,
     corpus: Annotated[
         str | None,
-        typer.Option(help="Texts to measure on: a file, or a dataset's Hub id [own samples]."),
+        typer.Option(
+            help="Texts to measure on, a file or a dataset's Hub id; our own if not given."
+        ),
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column of the corpus.")] = None,
     split: Annotated[str, typer.Option(help="Split of a dataset on the Hub.")] = "train",
@@ -67,27 +73,24 @@ def lens(
 ) -> None:
     """Show what embeddings say, before and after the filter.
 
-    With texts, their nearest tokens. Without texts, or with a corpus, a report or figures, also
-    where frequent tokens live in the spectrum, and how evenly the embeddings fill their space.
+    With texts: their nearest tokens. Without texts, or with a corpus, a
+    report or figures: also where frequent tokens live in the spectrum, and
+    how evenly the embeddings fill their space.
     """
     width = None if keep is None else parse_keep(keep)
     quiet_libraries(model, quiet)
     from dataclasses import replace
 
-    from transformers import AutoTokenizer
-
     from st_embfilter.demo import SHOWN_TEXTS
     from st_embfilter.frequencies import Sampler
-    from st_embfilter.report import look, open_model, study
+    from st_embfilter.report import load_tokenizer, look, open_model, study
 
     files = (corpus, counts, report, figures, section)
     measure = not texts or band == "optimal" or any(file is not None for file in files)
     sampler = Sampler(_corpus(corpus, column, split) if measure else (), sample)
     counted = None
     if measure:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
         counted = _counts(counts, sampler, tokenizer, show=not quiet)
     opened, unembedding = open_model(
         model,
