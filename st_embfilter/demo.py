@@ -25,6 +25,8 @@ from st_embfilter.publish import save_pretrained
 EXAMPLES: Final = Path(__file__).resolve().parents[1] / "examples"
 DEMO_LM: Final = EXAMPLES / "openstax-lm"
 DEMO_TEXTS: Final = EXAMPLES / "data" / "paraphrases.jsonl"
+#: Where an installed wheel carries the texts.
+_INSTALLED_TEXTS: Final = Path(__file__).resolve().parent / "data" / "paraphrases.jsonl"
 
 RATIOS: Final = (2, 4, 8)
 
@@ -33,6 +35,11 @@ SHOWN_TEXTS: Final = (
     "The central bank raised interest rates to slow inflation.",
     "The goalkeeper saved a penalty in the last minute.",
 )
+
+
+def demo_texts() -> Path:
+    """The file of the project's own texts, in a checkout or an installed wheel."""
+    return DEMO_TEXTS if DEMO_TEXTS.is_file() else _INSTALLED_TEXTS
 
 
 @dataclass(frozen=True)

@@ -45,3 +45,15 @@ class CalibrationError(EmbedFilterError, ValueError):
 
 class PromptError(EmbedFilterError, ValueError):
     """An unknown or malformed prompt recipe."""
+
+
+class CorpusError(EmbedFilterError, ValueError):
+    """Texts to count or to embed cannot be read as asked."""
+
+
+class LensError(EmbedFilterError, ValueError):
+    """The lens cannot read this model as asked."""
+
+
+class MissingPackageError(EmbedFilterError, ImportError):
+    """An optional package is needed and not installed."""

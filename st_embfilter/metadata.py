@@ -86,6 +86,8 @@ class FilterMetadata:
                 "k": self.k,
                 "start": self.band.start(self.d),
                 "seed": self.band.seed,
+                # The one family whose directions do not follow from d.
+                **({} if self.band.order is None else {"order": list(self.band.order)}),
             },
             "calibration": None if self.calibration is None else asdict(self.calibration),
             "prompt": None if self.prompt is None else dict(self.prompt),
@@ -149,7 +151,10 @@ def _band(window: dict[str, Any]) -> Band:
     seed = _typed(window, "seed", int, None)
     try:
         offset = _typed(window, "start", int) if family == "offset" else None
-        return Band(family, keep, offset=offset, seed=seed)
+        order = _typed(window, "order", list, None)
+        return Band(
+            family, keep, offset=offset, seed=seed, order=None if order is None else tuple(order)
+        )
     except BandError as error:
         raise FormatError(f"{METADATA_FILE}: {error}") from error
 

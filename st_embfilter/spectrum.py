@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Final, Literal, cast
 
@@ -297,7 +297,7 @@ def _fix_signs(directions: Tensor) -> Tensor:
     return directions
 
 
-Family = Literal["bulk", "offset", "dominant", "secondary", "edges", "random"]
+Family = Literal["bulk", "offset", "dominant", "secondary", "edges", "random", "optimal"]
 
 #: What each family keeps.
 FAMILIES: Final[dict[str, str]] = {
@@ -307,6 +307,7 @@ FAMILIES: Final[dict[str, str]] = {
     "secondary": "the smallest singular values",
     "edges": "both ends of the spectrum",
     "random": "random directions, e.g. random:7 with seed 7",
+    "optimal": "the directions that shift frequent tokens least, in a measured order",
 }
 
 
@@ -322,6 +323,8 @@ class Band:
         keep: Ratio in (0, 1], rounded as in the paper (k = d // tau), or a width as an int >= 1.
         offset: Start of the window, for family "offset" only.
         seed: Seed, for family "random" only (default 0).
+        order: All d directions, the ones to keep first, for family "optimal" only; depends on data,
+            see `st_embfilter.spectroscopy.optimal_band`.
 
     Raises:
         BandError: For an unknown family, a `keep` out of range or a parameter of another family.
@@ -331,6 +334,7 @@ class Band:
     keep: float | int = 0.5
     offset: int | None = None
     seed: int | None = None
+    order: tuple[int, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -349,6 +353,14 @@ class Band:
             object.__setattr__(self, "seed", 0 if self.seed is None else int(self.seed))
         elif self.seed is not None:
             raise BandError(f"seed= belongs to family 'random', got family {self.family!r}")
+        if (self.order is not None) != (self.family == "optimal"):
+            raise BandError(
+                "order= belongs to family 'optimal' and only there, got family "
+                f"{self.family!r} {'without' if self.order is None else 'with'} it; measure one "
+                "with spectroscopy.optimal_band"
+            )
+        if self.order is not None:
+            object.__setattr__(self, "order", _checked_order(self.order))
 
     @classmethod
     def parse(cls, band: str | Band, keep: float | int = 0.5) -> Band:
@@ -395,6 +407,11 @@ class Band:
             k = math.floor(d * Fraction(self.keep).limit_denominator(1_000_000))
         if not 1 <= k <= d:
             raise BandError(f"keep must be in (0, 1] or an int in [1, {d}], got {self.keep!r}")
+        if self.order is not None and len(self.order) != d:
+            raise BandError(
+                f"the order must hold all {d} directions, got {len(self.order)}; measure it on "
+                "this model"
+            )
         if self.offset is not None and self.offset + k > d:
             raise BandError(
                 f"offset + k must be at most {d}, got offset {self.offset} + k {k}; "
@@ -417,6 +434,8 @@ class Band:
         k = self.width(d)
         if self.family == "offset":
             return torch.arange(operator.index(cast("int", self.offset)), d)[:k]
+        if self.order is not None:
+            return torch.tensor(self.order[:k])
         return _growth_order(self.family, d, self.seed)[:k]
 
     def at(self, k: int) -> Band:
@@ -440,6 +459,16 @@ def _growth_order(family: str, d: int, seed: int | None) -> Tensor:
     bulk = torch.where(rightwards, middle + distance, middle - distance)
     # edges keeps what the bulk drops, so it grows in the opposite order.
     return bulk.flip(0) if family == "edges" else bulk
+
+
+def _checked_order(order: Iterable[int]) -> tuple[int, ...]:
+    given = tuple(order)
+    if any(type(i) is not int for i in given) or sorted(given) != list(range(len(given))):
+        raise BandError(
+            "order must hold every direction from 0 to d - 1 once, as ints, got "
+            f"{', '.join(map(repr, given[:5]))} ... ({len(given)} entries)"
+        )
+    return given
 
 
 def _checked_keep(keep: float | int) -> float | int:

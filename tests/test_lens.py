@@ -1,12 +1,17 @@
-"""The logit lens equals the naive softmax over the vocabulary."""
+"""The logit lens equals the naive softmax over the vocabulary, at the last layer and between."""
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from st_embfilter.errors import ShapeError
-from st_embfilter.lens import logit_lens
+import st_embfilter
+from st_embfilter.errors import LensError, ShapeError
+from st_embfilter.layer import filter_of
+from st_embfilter.lens import LensResult, logit_lens, pooled_embeddings
 from st_embfilter.spectrum import Band, spectrum_of_weight
 from st_embfilter.unembedding import unembedding_of_tensor
+from tests.conftest import TEXTS, MakeLM
 
 
 @pytest.fixture
@@ -40,3 +45,82 @@ def test_widths_must_fit(weight: torch.Tensor) -> None:
         logit_lens(torch.randn(2, 15), unembedding)
     with pytest.raises(ShapeError, match="at most 4 dimensions, got 5"):
         logit_lens(torch.randn(2, 5), unembedding, torch.randn(4, 16))
+
+
+# Embeddings to look at ---------------------------------------------------------------------------
+
+
+def last_hidden(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> list:
+    """The hidden states of one text, as transformers gives them."""
+    encoded = tokenizer([text], return_tensors="pt")
+    with torch.no_grad():
+        return model.base_model(**encoded, output_hidden_states=True).hidden_states
+
+
+FINAL_NORMS = {
+    "llama": lambda model: model.model.norm,
+    "qwen2": lambda model: model.model.norm,
+    "gpt2": lambda model: model.transformer.ln_f,
+}
+
+
+@pytest.mark.parametrize("model_type", FINAL_NORMS)
+def test_layers_between_are_normed_once_and_the_last_never(
+    make_lm: MakeLM, model_type: str
+) -> None:
+    folder, lm = make_lm(model_type)
+    norm = FINAL_NORMS[model_type](lm)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 3, 32))  # so that norming twice shows
+    lm.save_pretrained(folder)
+    model = st_embfilter.from_causal_lm(folder, device="cpu", show_progress_bar=False)
+    text = "the glacier is a cup of light"
+    states = last_hidden(lm, model.tokenizer, text)
+    assert len(states) == 3
+    for layer in range(2):
+        with torch.no_grad():
+            expected = norm(states[layer]).mean(dim=1)
+        found = pooled_embeddings(model, [text], layer=layer, show_progress_bar=False)
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for last in (2, None):
+        found = pooled_embeddings(model, [text], layer=last, show_progress_bar=False)
+        assert torch.allclose(found, states[2].mean(dim=1), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(norm(states[2]).mean(dim=1), found, rtol=1e-2)
+    with pytest.raises(LensError, match=r"from 0 .* to 2 \(the output\), got 3"):
+        pooled_embeddings(model, [text], layer=3, show_progress_bar=False)
+    # Whatever happened, the model is as before.
+    assert "forward" not in vars(model[0].auto_model)
+    leaves = [module for module in model[0].auto_model.modules() if not any(module.children())]
+    assert not any(leaf._forward_hooks for leaf in leaves)
+
+
+def test_a_backbone_without_a_final_norm_is_refused(make_lm: MakeLM) -> None:
+    folder, _ = make_lm("gpt2")
+    model = st_embfilter.from_causal_lm(folder, device="cpu", show_progress_bar=False)
+    model[0].auto_model.ln_f = torch.nn.Linear(32, 32)
+    with pytest.raises(LensError, match="ends in a norm, got one that ends in Linear"):
+        pooled_embeddings(model, ["tea"], layer=1, show_progress_bar=False)
+
+
+def test_pooled_embeddings_are_what_the_filter_gets(demo_model: SentenceTransformer) -> None:
+    layer = filter_of(demo_model)
+    assert layer is not None
+    pooled = pooled_embeddings(demo_model, TEXTS, show_progress_bar=False)
+    filtered = demo_model.encode(TEXTS, show_progress_bar=False, convert_to_tensor=True)
+    assert torch.allclose(pooled @ layer.projection.T, filtered, atol=1e-4)
+
+
+def test_pooled_embeddings_use_the_prompt_of_the_model(demo_model: SentenceTransformer) -> None:
+    modules = list(demo_model.children())
+    prompted = SentenceTransformer(
+        modules=modules, device="cpu", prompts={"say": "Say: "}, default_prompt_name="say"
+    )
+    with_prompt = pooled_embeddings(prompted, ["tea"], show_progress_bar=False)
+    spelled_out = pooled_embeddings(demo_model, ["Say: tea"], show_progress_bar=False)
+    assert torch.allclose(with_prompt, spelled_out, atol=1e-5)
+
+
+def test_share_of_tokens() -> None:
+    result = LensResult(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 1]]), torch.zeros(2, 4))
+    assert result.share_of(torch.tensor([1, 2])) == pytest.approx(3 / 8)

@@ -271,4 +271,4 @@ def test_parameters_of_other_families_are_refused() -> None:
         Band("bulk", 0.5, offset=3)
     with pytest.raises(BandError, match="seed"):
         Band("bulk", 0.5, seed=3)
-    assert set(FAMILIES) == {"offset", *(band.family for band in FAMILY_BANDS)}
+    assert set(FAMILIES) == {"offset", "optimal", *(band.family for band in FAMILY_BANDS)}
