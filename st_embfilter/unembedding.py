@@ -267,7 +267,7 @@ def meta_model(
     if callable(tie):
         tie()
     if not masked_lm:
-        _check_head(model)
+        _check_head(model, model_type)
     return model
 
 
@@ -331,7 +331,8 @@ def _check_decoder(config: PretrainedConfig, model_type: str) -> None:
     # The class says so too: a decoder saved alone is loaded with an encoder again.
     if any(getattr(one, "is_encoder_decoder", False) for one in (config, type(config))):
         raise UnembeddingError(
-            f"EmbedFilter needs a decoder language model, got the encoder-decoder {model_type!r}"
+            f"EmbedFilter needs a decoder language model, got the encoder-decoder {model_type!r}; use "
+            "a decoder-only model"
         )
     masked = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if masked and not getattr(config, "is_decoder", False):
@@ -340,15 +341,19 @@ def _check_decoder(config: PretrainedConfig, model_type: str) -> None:
             f"{model_type!r}; pass masked_lm=True (--masked-lm) to try the decoder matrix of its "
             "masked language model, which the paper does not cover"
         )
-    remote = getattr(config, "auto_map", None)
-    if model_type not in modeling_auto.MODEL_MAPPING_NAMES and not remote:
+    backbone = modeling_auto.MODEL_MAPPING_NAMES.get(model_type)
+    heads = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if getattr(config, "auto_map", None):
+        return
+    if backbone is None or backbone == heads.get(model_type):
         raise UnembeddingError(
-            "EmbedFilter needs a model type whose backbone AutoModel can load, got "
-            f"{model_type!r}, for which transformers has none"
+            "EmbedFilter needs a model type of which AutoModel loads a backbone that gives hidden "
+            f"states, got {model_type!r}, for which transformers has "
+            f"{'none' if backbone is None else f'{backbone} alone'}"
         )
 
 
-def _check_head(model: nn.Module) -> None:
+def _check_head(model: nn.Module, model_type: str) -> None:
     """Nothing may stand between the backbone's last hidden state and W_U."""
     base = getattr(model, "base_model", model)
     if base is model:
@@ -361,10 +366,12 @@ def _check_head(model: nn.Module) -> None:
         if parameter.ndim > 1 and id(parameter) not in known
     ]
     if between:
+        masked = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        hint = "; pass masked_lm=True (--masked-lm) to try it all the same" if masked else ""
         raise UnembeddingError(
             "EmbedFilter needs a head that is the unembedding matrix alone, so that the matrix "
             f"reads the last hidden state, got {type(model).__name__} with {between[0]!r} in "
-            "between; pass masked_lm=True (--masked-lm) if it is a masked language model"
+            f"between{hint}"
         )
 
 

@@ -7,30 +7,68 @@ end, and writes docs/architectures.md.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+import transformers
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto import modeling_auto
 
 import st_embfilter
-from st_embfilter.unembedding import Unembedding, unembedding_of_folder
-from tests.conftest import word_tokenizer
+from st_embfilter.errors import UnembeddingError
+from st_embfilter.unembedding import unembedding_of_folder
 
 TEXTS: Final = ["the cup of tea is in the light", "a glacier", "sugar rates , sugar tea ."]
 
-VOCAB: Final = 224  # more than tests.conftest.word_tokenizer has: padded, as many are
-MAX_PARAMETERS: Final = 5_000_000
+VOCAB: Final = 288  # more than the tokenizer has: padded, as many are
+MAX_PARAMETERS: Final = 20_000_000
+
+MAX_BYTES: Final = 8 * 2**30
+TABLE: Final = Path(__file__).parents[1] / "docs" / "architectures.md"
+
+#: Models whose forward takes no attention mask, so that padding changes their hidden states.
+MIND_PADDING: Final = {"cpmant"}
+
+#: Why transformers cannot build a model, where its own message does not say.
+NOT_BUILT: Final = {
+    "gemma3n": "its vision tower needs the library timm; `gemma3n_text` works",
+    "gemma4_assistant": "drafts for another model whose keys and values it reads; none of its own",
+    "gemma4_unified_assistant": (
+        "drafts for another model whose keys and values it reads; none of its own"
+    ),
+    "musicgen": "writes audio codes, and AutoModelForCausalLM cannot build it from its own config",
+    "musicgen_melody": (
+        "writes audio codes, and AutoModelForCausalLM cannot build it from its own config"
+    ),
+}
 
 #: Field names of configs and the size that makes a model tiny; the first that matches counts, and
 #: no value is raised.
 SIZES: Final = [
     (r".*vocab_size.*|.*_vocab", VOCAB),
     (r".*(key_value_heads|kv_heads|query_groups)", 4),
+    (r"index_topk", 64),
     (r".*(per_tok|per_token|topk|top_k|top_k_experts|moe_k)", 2),
     (r".*(n_group|topk_group|expert_group|n_?groups)", 1),
     (r".*(experts|expert_num)", 4),
@@ -76,6 +114,7 @@ EXCEPTIONS: Final[dict[str, dict[str, Any]]] = {
         "adapter_out_dim": 32,
     },
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "emu3": {"vocabulary_map": {"<image>": 5, "<|visual token 000000|>": 6, "<|extra_200|>": 7}},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -160,15 +199,23 @@ def _small(name: str, value: int) -> int:
     return next(min(value, size) for pattern, size in SIZES if re.fullmatch(pattern, name))
 
 
-def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A random causal LM, after a look at its size on the meta device."""
+def tiny_model(
+    config: PretrainedConfig, *, masked_lm: bool = False, seed: int = 0
+) -> PreTrainedModel:
+    """A random model as its checkpoints are saved, after a look at its size on the meta device.
+
+    That is the vision-language model where there is one, with the text decoder nested.
+    """
+    vision = config.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    factory = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    factory = AutoModelForMaskedLM if masked_lm else factory
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+        empty = factory.from_config(config)
     size = sum(parameter.numel() for parameter in empty.parameters())
     if size > MAX_PARAMETERS:
         raise ValueError(f"a tiny model must have at most {MAX_PARAMETERS} parameters, got {size}")
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = factory.from_config(config)
     with torch.no_grad():  # initial weights are so small that all hidden states look alike
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -176,37 +223,109 @@ def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def exercise(model_type: str, folder: Path) -> Unembedding:
-    """Takes an architecture the whole way; raises where it fails.
+def save_tiny(model: PreTrainedModel, folder: Path) -> None:
+    """A checkpoint folder, with a tokenizer over bytes that every tokenizer class can be made from.
+
+    Vision-language models come without the files, and the libraries, of their image processors.
+    """
+    model.save_pretrained(folder)
+    words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=64,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    ).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processor_class": "AutoTokenizer"}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of one architecture; one row of the table.
+
+    Attributes:
+        model_type: Key of transformers' mapping.
+        status: "works", "on request", "refused" or "not built".
+        detail: The tensor's name, or the sentence that the user gets.
+        note: What is worth knowing.
+    """
+
+    model_type: str
+    status: str
+    detail: str
+    note: str = ""
+
+    @property
+    def row(self) -> str:
+        """Its row in the table."""
+        cells = [f"`{self.model_type}`", self.detail]
+        if self.status in ("works", "on request"):
+            cells = [f"`{self.model_type}`", f"`{self.detail}`", self.note]
+        return f"| {' | '.join(cells)} |"
+
+
+def exercise(model_type: str, folder: Path) -> Outcome:
+    """Takes an architecture the whole way.
 
     Saves a tiny model, finds W_U in the files, compares it with the live head, checks that it reads
     the backbone's last hidden state, builds, encodes, saves the portable folder and loads that with
     nothing but sentence-transformers.
-    """
-    source, portable = folder / "lm", folder / "portable"
-    model = tiny_model(tiny_config(model_type))
-    model.save_pretrained(source)
-    word_tokenizer().save_pretrained(source)
 
-    found = unembedding_of_folder(source)
+    Raises:
+        AssertionError: If a claim does not hold. Other errors are failures as well.
+    """
+    try:
+        model = tiny_model(tiny_config(model_type))
+    except Exception as error:  # of transformers: there is nothing to test then
+        message = " ".join(str(error).split())
+        return Outcome(model_type, "not built", NOT_BUILT.get(model_type, message))
+    refusal = ""
+    save_tiny(model, folder / "lm")
+    try:
+        found = unembedding_of_folder(folder / "lm")
+    except UnembeddingError as error:
+        if model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or "masked_lm" not in str(error):
+            return Outcome(model_type, "refused", str(error))
+        refusal = str(error)
+        model = tiny_model(tiny_config(model_type), masked_lm=True)
+        save_tiny(model, folder / "masked")
+    source = folder / ("masked" if refusal else "lm")
+    found = unembedding_of_folder(source, masked_lm=bool(refusal))
     weight = torch.cat(list(found.blocks()))
-    check(torch.equal(weight, model.get_output_embeddings().weight), "W_U is the live head")
+    head = model.get_output_embeddings()
+    check(torch.equal(weight, head.weight), "W_U is the live head")
 
     embedder = st_embfilter.from_causal_lm(
-        source, keep=0.5, device="cpu", show_progress_bar=False
+        source, keep=0.5, masked_lm=bool(refusal), device="cpu", show_progress_bar=False
     )
-    check_reads_hidden_state(model, embedder, weight)
+    if not refusal:
+        check_reads_hidden_state(model, embedder, weight)
     embeddings = embedder.encode(TEXTS)
     check(embeddings.shape == (len(TEXTS), found.d // 2), "embeddings are (n, k)")
     check(bool(np.isfinite(embeddings).all()), "embeddings are finite")
     check(len(np.unique(embeddings.round(5), axis=0)) == len(TEXTS), "texts differ")
     alone = np.concatenate([embedder.encode([text]) for text in TEXTS])
-    check(close(alone, embeddings), "a text embeds the same alone as in a batch")
+    if model_type not in MIND_PADDING:
+        check(close(alone, embeddings), "a text embeds the same alone as in a batch")
 
-    st_embfilter.save_pretrained(embedder, portable)
+    portable = st_embfilter.save_pretrained(embedder, folder / "portable")
     plain = SentenceTransformer(str(portable), device="cpu").encode(TEXTS)
     check(close(plain, embeddings), "the portable folder embeds the same")
-    return found
+
+    notes = ["tied"] if found.tied else []
+    if getattr(head, "bias", None) is not None:
+        notes.append("head bias ignored")
+    if getattr(model.config, "text_config", None) is not None:
+        notes.append("text decoder of a composite model")
+    if model_type in MIND_PADDING:
+        notes.append("no attention mask: encode with batch_size=1")
+    status = "on request" if refusal else "works"
+    return Outcome(model_type, status, found.stored.name, ", ".join(notes))
 
 
 def check(holds: bool, claim: str) -> None:
@@ -225,14 +344,138 @@ def check_reads_hidden_state(
 
     Rising is enough: scales and caps of logits change no direction.
     """
-    features = embedder.tokenize(TEXTS[:1])
+    features = embedder.tokenizer(TEXTS[:1], return_tensors="pt")
     with torch.no_grad():
         hidden = embedder[0](dict(features))["token_embeddings"]
         logits = model(input_ids=features["input_ids"], use_cache=False).logits
-    head = model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
     lens = hidden @ weight.T + (0 if bias is None else bias)
-    check(lens.shape == logits.shape, f"logits {tuple(logits.shape)} have the shape of W_U h {tuple(lens.shape)}")
-    order = lens.argsort(-1)
-    rising = logits.gather(-1, order).diff(dim=-1)
+    check(lens.shape == logits.shape, "logits have the shape of W_U h")
+    rising = logits.gather(-1, lens.argsort(-1)).diff(dim=-1)
     check(float(rising.min()) >= -1e-4 * float(logits.abs().max()), "logits rise with W_U h")
+
+
+def run_all(seconds: float = 120) -> list[Outcome]:
+    """Every architecture, in processes of their own: one that hangs or crashes ends only itself."""
+    waiting = list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    outcomes: list[Outcome] = []
+    while waiting:
+        batch = waiting[:24]
+        done: list[Outcome] = []
+        with subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.architectures", *batch],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as worker:
+            for _ in batch:
+                alarm = threading.Timer(seconds, worker.kill)
+                alarm.start()
+                line = worker.stdout.readline()
+                alarm.cancel()
+                if not line:
+                    break
+                done.append(Outcome(**json.loads(line)))
+                print(done[-1], file=sys.stderr, flush=True)
+        if len(done) < len(batch):
+            failed = Outcome(batch[len(done)], "failed", f"no answer in {seconds:g} s, or a crash")
+            done.append(failed)
+        outcomes += done
+        waiting = waiting[len(done) :]
+    return outcomes
+
+
+def work(model_types: list[str]) -> None:
+    """One line of JSON for each architecture."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    for model_type in model_types:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                outcome = exercise(model_type, Path(folder))
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}".replace(folder, "").splitlines()[0]
+                outcome = Outcome(model_type, "failed", text)
+        print(json.dumps(dataclasses.asdict(outcome)), flush=True)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """docs/architectures.md."""
+    by_status = {
+        status: [outcome for outcome in outcomes if outcome.status == status]
+        for status in ("works", "on request", "refused", "failed", "not built")
+    }
+    built = len(outcomes) - len(by_status["not built"])
+    usable = len(by_status["works"]) + len(by_status["on request"])
+    halves = sum("encoder-decoder" in outcome.detail for outcome in by_status["refused"])
+    lines = [
+        "# Architectures",
+        "",
+        "Written by `make coverage-full`; do not edit. "
+        f"transformers {version('transformers')}, "
+        f"sentence-transformers {version('sentence-transformers')}, torch {version('torch')}.",
+        "",
+        f"transformers maps {len(outcomes)} model types to a causal language model. Each was made "
+        "tiny from its config with random weights and taken the whole way: saved; W_U found in the "
+        "files alone and compared with the live head; checked that the logits rise with W_U h, h "
+        "the backbone's last hidden state (so that scales and caps of logits do not matter); "
+        "filtered; encoded, alone and in a batch; saved as a portable folder; loaded again with "
+        "nothing but sentence-transformers; encoded again, with the same result.",
+        "",
+        "| outcome | model types |",
+        "|---|---|",
+        f"| works | {len(by_status['works'])} |",
+        f"| works on request (`masked_lm=True`, `--masked-lm`): outside the paper | {len(by_status['on request'])} |",
+        f"| refused, with the sentence below | {len(by_status['refused'])} |",
+        f"| fails | {len(by_status['failed'])} |",
+        f"| transformers could not build it here | {len(by_status['not built'])} |",
+        "",
+        f"Of the {built} that could be built {usable} ({usable / built:.1%}) can be used. {halves} of "
+        "the refused are encoder-decoders, of whose decoder alone AutoModel makes no backbone; "
+        f"without them it is {usable} of {built - halves} ({usable / (built - halves):.1%}).",
+        "",
+        "A bias of the head shifts logits and is no part of W_U; it is ignored. Rows that only pad "
+        "the vocabulary are rows of W_U like the others, as in the paper. A vision-language model "
+        "is built for text; sentence-transformers loads its processor, which may need Pillow and "
+        "torchvision (without them, `\"processor_class\": \"AutoTokenizer\"` in "
+        "`tokenizer_config.json` makes it load the tokenizer alone).",
+        "",
+        "## Works",
+        "",
+        "| model type | W_U in the checkpoint | notes |",
+        "|---|---|---|",
+        *(outcome.row for outcome in by_status["works"]),
+        "",
+        "## On request",
+        "",
+        "Masked language models. Between their hidden states and the decoder matrix mostly stand "
+        "layers of the head, and they are no decoders: the paper says nothing about them.",
+        "",
+        "| model type | decoder matrix in the checkpoint | notes |",
+        "|---|---|---|",
+        *(outcome.row for outcome in by_status["on request"]),
+        "",
+        "## Refused",
+        "",
+        "| model type | error |",
+        "|---|---|",
+        *(outcome.row for outcome in by_status["refused"] + by_status["failed"]),
+        "",
+        "## Not built",
+        "",
+        "| model type | why |",
+        "|---|---|",
+        *(outcome.row for outcome in by_status["not built"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        work(sys.argv[1:])
+    else:
+        TABLE.parent.mkdir(exist_ok=True)
+        found = run_all()
+        TABLE.write_text(table(found), encoding="utf-8")
+        sys.exit(f"failed: {bad}" if (bad := [o for o in found if o.status == "failed"]) else 0)
