@@ -125,7 +125,9 @@ class Adapter:
                 f"LoRA matrices of a head of shape {stored.shape} must fit it, got "
                 f"{tuple(b.shape)} and {tuple(a.shape)}; the adapter belongs to another model"
             )
-        alpha = float(_by_module(self.config.get("alpha_pattern"), module, self.config["lora_alpha"]))
+        alpha = float(
+            _by_module(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        )
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
         def read_rows(first: int, last: int) -> Tensor:

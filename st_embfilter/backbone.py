@@ -149,7 +149,7 @@ def merge_adapter(model: nn.Module) -> None:
             continue
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, merged)
-    model._hf_peft_config_loaded = False
+    vars(model)["_hf_peft_config_loaded"] = False
     del model.peft_config
 
 

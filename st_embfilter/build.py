@@ -296,9 +296,7 @@ def open_unembedding(
         return unembedding_of_tensor(source)
     if isinstance(source, nn.Module):
         return unembedding_of_model(source)
-    return unembedding_of_folder(
-        source, masked_lm=masked_lm, trust_remote_code=trust_remote_code
-    )
+    return unembedding_of_folder(source, masked_lm=masked_lm, trust_remote_code=trust_remote_code)
 
 
 def insert_module(model: SentenceTransformer, position: int, module: Module) -> None:

@@ -17,7 +17,13 @@ from st_embfilter.errors import UnembeddingError
 _SCALES: Final = {"weight_scale_inv": 1.0, "weight_scale": 1.0, "SCB": 1 / 127}
 
 #: Tensors that stand for a weight of fewer bits: GPTQ and AWQ, compressed-tensors, bitsandbytes.
-_PACKED: Final = ("qweight", "weight_packed", "weight.absmax", "weight.quant_map", "weight_zero_point")
+_PACKED: Final = (
+    "qweight",
+    "weight_packed",
+    "weight.absmax",
+    "weight.quant_map",
+    "weight_zero_point",
+)
 
 
 def dequantized(checkpoint: Checkpoint, name: str, block: tuple[int, int]) -> StoredTensor:
@@ -89,4 +95,3 @@ def _cell(size: int, scales: int, block: int) -> int | None:
     if -(-size // block) == scales:
         return block
     return size // scales if size % scales == 0 else None
-

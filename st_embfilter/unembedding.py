@@ -261,7 +261,7 @@ def meta_model(
     except (ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
         raise UnembeddingError(
             f"EmbedFilter needs a model that {factory.__name__} can build, got model type "
-            f"{model_type!r}: {_first_line(error)}"
+            f"{model_type!r}: {_reason(error)}"
         ) from error
     tie = getattr(model, "tie_weights", None)
     if callable(tie):
@@ -465,7 +465,7 @@ def _load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     except Exception as error:  # configs of strangers fail in many ways, all mean the same
         raise UnembeddingError(
             f"config.json in {folder} must describe a model that transformers knows, got: "
-            f"{_first_line(error)}"
+            f"{_reason(error)}"
         ) from error
     return config
 
@@ -474,5 +474,11 @@ def _bytes(block: Tensor) -> memoryview:
     return memoryview(cast("Any", block.contiguous().view(torch.uint8).numpy())).cast("B")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: BaseException) -> str:
+    message = str(error).strip()
+    if "trust_remote_code" in message:
+        return (
+            "model code in the checkpoint, which runs only with trust_remote_code=True "
+            "(--trust-remote-code); read that code first"
+        )
+    return (message.splitlines() or [type(error).__name__])[0]

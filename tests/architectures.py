@@ -94,7 +94,11 @@ EXCEPTIONS: Final[dict[str, dict[str, Any]]] = {
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
         "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+            "full_attention": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 1, 2],
+            }
         }
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
@@ -145,7 +149,12 @@ EXCEPTIONS: Final[dict[str, dict[str, Any]]] = {
     },
     "xlnet": {"d_head": 8},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "num_hidden_layers": 2},
 }
 
@@ -180,7 +189,9 @@ def _shrink(kind: type[PretrainedConfig], overrides: dict[str, Any]) -> Pretrain
             options |= {name: layers, "num_hidden_layers": len(layers)}
             mlps = list(dict.fromkeys(_value(default, "mlp_layer_types") or ()))
             if mlps:
-                options["mlp_layer_types"] = [mlps[min(i, len(mlps) - 1)] for i in range(len(layers))]
+                options["mlp_layer_types"] = [
+                    mlps[min(i, len(mlps) - 1)] for i in range(len(layers))
+                ]
     nested = {name for name, value in options.items() if isinstance(value, PretrainedConfig)}
     options |= {name: value for name, value in overrides.items() if name not in nested}
     return kind(**options)
@@ -289,7 +300,10 @@ def exercise(model_type: str, folder: Path) -> Outcome:
     try:
         found = unembedding_of_folder(folder / "lm")
     except UnembeddingError as error:
-        if model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or "masked_lm" not in str(error):
+        if (
+            model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+            or "masked_lm" not in str(error)
+        ):
             return Outcome(model_type, "refused", str(error))
         refusal = str(error)
         model = tiny_model(tiny_config(model_type), masked_lm=True)
@@ -407,7 +421,8 @@ def table(outcomes: list[Outcome]) -> str:
         for status in ("works", "on request", "refused", "failed", "not built")
     }
     built = len(outcomes) - len(by_status["not built"])
-    usable = len(by_status["works"]) + len(by_status["on request"])
+    count = {status: len(found) for status, found in by_status.items()}
+    usable = count["works"] + count["on request"]
     halves = sum("encoder-decoder" in outcome.detail for outcome in by_status["refused"])
     lines = [
         "# Architectures",
@@ -425,20 +440,21 @@ def table(outcomes: list[Outcome]) -> str:
         "",
         "| outcome | model types |",
         "|---|---|",
-        f"| works | {len(by_status['works'])} |",
-        f"| works on request (`masked_lm=True`, `--masked-lm`): outside the paper | {len(by_status['on request'])} |",
-        f"| refused, with the sentence below | {len(by_status['refused'])} |",
-        f"| fails | {len(by_status['failed'])} |",
-        f"| transformers could not build it here | {len(by_status['not built'])} |",
+        f"| works | {count['works']} |",
+        "| works on request (`masked_lm=True`, `--masked-lm`): outside the paper "
+        f"| {count['on request']} |",
+        f"| refused, with the sentence below | {count['refused']} |",
+        f"| fails | {count['failed']} |",
+        f"| transformers could not build it here | {count['not built']} |",
         "",
-        f"Of the {built} that could be built {usable} ({usable / built:.1%}) can be used. {halves} of "
-        "the refused are encoder-decoders, of whose decoder alone AutoModel makes no backbone; "
+        f"Of the {built} that could be built {usable} ({usable / built:.1%}) can be used. {halves} "
+        "of the refused are encoder-decoders, of whose decoder alone AutoModel makes no backbone; "
         f"without them it is {usable} of {built - halves} ({usable / (built - halves):.1%}).",
         "",
         "A bias of the head shifts logits and is no part of W_U; it is ignored. Rows that only pad "
         "the vocabulary are rows of W_U like the others, as in the paper. A vision-language model "
         "is built for text; sentence-transformers loads its processor, which may need Pillow and "
-        "torchvision (without them, `\"processor_class\": \"AutoTokenizer\"` in "
+        'torchvision (without them, `"processor_class": "AutoTokenizer"` in '
         "`tokenizer_config.json` makes it load the tokenizer alone).",
         "",
         "## Works",

@@ -30,6 +30,9 @@ def build(
     normalize: Annotated[bool, typer.Option(help="Embeddings of unit length.")] = False,
     max_seq_length: Annotated[int, typer.Option(help="Longest text in tokens.", min=1)] = 512,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    masked_lm: Annotated[
+        bool, typer.Option("--masked-lm", help="Take a masked LM; outside the paper.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code of the checkpoint.")
     ] = False,
@@ -54,6 +57,7 @@ def build(
         normalize=normalize,
         max_seq_length=max_seq_length,
         revision=revision,
+        masked_lm=masked_lm,
         trust_remote_code=trust_remote_code,
         device="cpu",
         show_progress_bar=not quiet,
