@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint types wheel benchmark clean
+.PHONY: demo test lint types wheel benchmark coverage-full clean
 
 demo: $(VENV)/.ready  ## set up, then filter the demo LM and show what changes
 	$(BIN)/st-embfilter demo
@@ -25,6 +25,9 @@ wheel: $(VENV)/.ready-dev
 
 benchmark: $(VENV)/.ready-dev  ## minutes, and gigabytes in ~/.cache/st-embfilter-bench
 	$(BIN)/python benchmarks/build.py
+
+coverage-full: $(VENV)/.ready-dev  ## every architecture of transformers; writes docs/architectures.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures
 
 # constraints.txt keeps pip from downloading a CUDA build of torch.
 $(VENV)/.ready: pyproject.toml constraints.txt

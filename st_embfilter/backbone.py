@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from st_embfilter.errors import EmbedFilterError, UnembeddingError
+from st_embfilter.errors import BackboneError, UnembeddingError
 
 #: What `SentenceTransformer` calls on a plain text backbone. Given explicitly, because it would
 #: otherwise wrap every text in the chat template of a tokenizer that has one.
@@ -34,6 +34,7 @@ TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 _BACKBONE_FILES: Final = re.compile(
     r"config\.json|generation_config\.json|(added_tokens|special_tokens_map|vocab)\.json|merges\.txt"
     r"|tokenizer.*\.json|.*\.(model|spm|tiktoken)|vocab\.txt|tekken\.json"
+    r"|(video_)?preprocessor_config\.json|processor_config\.json"
     r"|chat_template\.(json|jinja)|LICEN[CS]E.*|NOTICE.*|USE_POLICY.*|.*\.py"
 )
 _SAFETENSORS: Final = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -57,10 +58,10 @@ def load_backbone(
 
     Texts are tokenized as they are, never through the checkpoint's chat template. A tokenizer
     without a padding token gets an existing token as one; it is masked out everywhere. Padding goes
-    to the right, which leaves the positions of all texts the same in every batch.
+    to the right, which leaves the positions of all texts the same in every batch. An adapter is merged.
 
     Args:
-        name_or_path: Folder or Hub id of a language model.
+        name_or_path: Folder or Hub id of a language model or of a PEFT adapter.
         max_seq_length: Longest text in tokens, capped by the model; None for the model's own limit.
         dtype: Of the backbone, as in transformers.
         revision: Branch, tag or commit on the Hub.
@@ -68,19 +69,34 @@ def load_backbone(
         trust_remote_code: Allow model code of the checkpoint to run.
         module_class: What to make of it.
         modality_config: What the module calls on the backbone.
+
+    Raises:
+        BackboneError: If sentence-transformers cannot load it as a text backbone.
     """
+    if name_or_path.endswith(".gguf"):
+        raise BackboneError(
+            f"a backbone must be a transformers checkpoint, got {name_or_path}; load the model it "
+            "was made from and give the GGUF file to add_filter as unembedding="
+        )
     hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-    backbone: Transformer = module_class(
-        name_or_path,
-        model_kwargs={**hub, **({} if dtype is None else {"dtype": dtype})},
-        processor_kwargs=dict(hub),
-        config_kwargs=dict(hub),
-        modality_config=modality_config,
-        module_output_name="token_embeddings",
-    )
+    try:
+        backbone: Transformer = module_class(
+            name_or_path,
+            model_kwargs={**hub, **({} if dtype is None else {"dtype": dtype})},
+            processor_kwargs=dict(hub),
+            config_kwargs=dict(hub),
+            modality_config=modality_config,
+            module_output_name="token_embeddings",
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise BackboneError(
+            "EmbedFilter needs a text backbone that sentence-transformers can load with AutoModel "
+            f"and AutoProcessor, got {name_or_path}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    merge_adapter(backbone.auto_model)
     tokenizer = backbone.tokenizer
     if tokenizer is None:
-        raise EmbedFilterError(
+        raise BackboneError(
             f"EmbedFilter needs a text tokenizer, got none in {name_or_path}; add tokenizer files"
         )
     ensure_pad_token(tokenizer)
@@ -100,6 +116,45 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
             tokenizer.pad_token = candidate
             return
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+
+
+def measured_width(backbone: Transformer) -> int:
+    """Width of the last hidden state, from a run on one token.
+
+    It is not the config's hidden size where a projection follows the layers, as in OPT-350m.
+    """
+    with torch.no_grad():
+        output = backbone.auto_model(input_ids=torch.tensor([[0]]))
+    return int(output.last_hidden_state.shape[-1])
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model holds a PEFT adapter beside its own weights."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def merge_adapter(model: nn.Module) -> None:
+    """Merges the adapter of a model into its weights, in place; without one, does nothing.
+
+    A folder that loads everywhere can hold no adapter.
+    """
+    if not has_adapter(model):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            merged = module.unload_and_optionally_merge_module(True, False, None)
+        elif isinstance(module, BaseTunerLayer):
+            module.merge()
+            merged = module.get_base_layer()
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, merged)
+    vars(model)["_hf_peft_config_loaded"] = False
+    del model.peft_config
 
 
 def backbone_model(model: SentenceTransformer) -> nn.Module:

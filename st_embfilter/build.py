@@ -22,6 +22,7 @@ from st_embfilter.backbone import (
     DEFAULT_MAX_SEQ_LENGTH,
     backbone_model,
     load_backbone,
+    measured_width,
     source_name,
 )
 from st_embfilter.calibration import (
@@ -81,13 +82,15 @@ def from_causal_lm(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    masked_lm: bool = False,
     trust_remote_code: bool = False,
     show_progress_bar: bool = True,
 ) -> SentenceTransformer:
     """Turns a decoder language model into a filtered text embedder.
 
     Args:
-        name_or_path: Folder or Hub id of a causal language model.
+        name_or_path: Folder or Hub id of a causal language model, or of a PEFT adapter of one, which
+            is merged into it.
         prompt: Prompt recipe: "prompteol", "echo", "metaeol", a template with one `{text}`, or a
             `PromptEOL`, `Echo` or `MetaEOL`; None embeds the plain text.
         prompt_encoding: "portable" or "exact", see `PromptEOL`; None for the recipe's own.
@@ -106,6 +109,7 @@ def from_causal_lm(
         dtype: Of the backbone, as in transformers. The filter is float32 in any case.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
+        masked_lm: Take a masked language model and its decoder matrix; outside the paper.
         trust_remote_code: Allow model code of the checkpoint to run.
         show_progress_bar: Show a bar while the unembedding matrix is read.
 
@@ -130,6 +134,7 @@ def from_causal_lm(
         band=band,
         revision=revision,
         token=token,
+        masked_lm=masked_lm,
         trust_remote_code=trust_remote_code,
         show_progress_bar=show_progress_bar,
     )
@@ -144,6 +149,8 @@ def from_causal_lm(
         modality_config=modality_config(recipe),
     )
     width = backbone.get_embedding_dimension()
+    if width != layer.in_features:  # the config may name the width of the layers, not the output's
+        width = measured_width(backbone)
     _check_width(layer, width)
     if recipe is None:
         pool = Pooling(width, pooling or "mean")
@@ -189,19 +196,21 @@ def build_filter(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     token: str | bool | None = None,
+    masked_lm: bool = False,
     trust_remote_code: bool = False,
     show_progress_bar: bool = True,
 ) -> EmbedFilterLayer:
     """The filter of a language model; reads its unembedding matrix and nothing else.
 
     Args:
-        name_or_path: Folder or Hub id of a causal language model.
+        name_or_path: Folder or Hub id of a causal language model or a PEFT adapter; or a GGUF file.
         keep: Ratio of directions kept in (0, 1], or their number as an int.
         band: Which ones, see `Band`.
         precision: Arithmetic of the Gram matrix, see `Unembedding.fit`.
         device: Where the Gram matrix is computed.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
+        masked_lm: Take the decoder matrix of a masked language model; outside the paper.
         trust_remote_code: Allow model code of the checkpoint to run.
         show_progress_bar: Show a bar while the unembedding matrix is read.
 
@@ -211,7 +220,11 @@ def build_filter(
     """
     chosen = Band.parse(band, keep)
     unembedding = open_unembedding(
-        name_or_path, revision=revision, token=token, trust_remote_code=trust_remote_code
+        name_or_path,
+        revision=revision,
+        token=token,
+        masked_lm=masked_lm,
+        trust_remote_code=trust_remote_code,
     )
     return _fit_filter(unembedding, chosen, precision, device, show_progress_bar)
 
@@ -408,16 +421,17 @@ def open_unembedding(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    masked_lm: bool = False,
     trust_remote_code: bool = False,
 ) -> Unembedding:
-    """Finds the unembedding matrix behind a tensor, a model, a folder or a Hub id."""
+    """Finds the unembedding matrix behind a tensor, a model, a folder, a GGUF file or a Hub id."""
     if isinstance(source, Unembedding):
         return source
     if isinstance(source, Tensor):
         return unembedding_of_tensor(source)
     if isinstance(source, nn.Module):
         return unembedding_of_model(source)
-    return unembedding_of_folder(source, trust_remote_code=trust_remote_code)
+    return unembedding_of_folder(source, masked_lm=masked_lm, trust_remote_code=trust_remote_code)
 
 
 def insert_module(model: SentenceTransformer, position: int, module: Module) -> None:

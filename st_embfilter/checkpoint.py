@@ -27,6 +27,7 @@ SAFETENSORS_DTYPES: Final[dict[str, torch.dtype]] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
 }
 
 SAFETENSORS_FILE: Final = "model.safetensors"
@@ -206,7 +207,8 @@ class TensorEntry:
                 f"the header entry of {name!r} must give shape and data_offsets as whole numbers, "
                 f"got shape {shape!r} and data_offsets {offsets!r}"
             )
-        rows, columns = _matrix_shape(name, tuple(shape))
+        # Scales of quantised weights are vectors or single numbers: columns.
+        rows, columns = _matrix_shape(name, shape if len(shape) > 1 else [*shape, 1, 1][:2])
         start, stop = offsets
         if not start <= stop <= data_size or stop - start != rows * columns * dtype.itemsize:
             raise UnembeddingError(

@@ -19,6 +19,10 @@ class PrecisionError(UnembeddingError):
     """The numbers do not fit the arithmetic that was asked for."""
 
 
+class BackboneError(EmbedFilterError, ValueError):
+    """A model cannot be loaded as a text backbone."""
+
+
 class ShapeError(EmbedFilterError, ValueError):
     """A width does not fit: filter against embedding, or filter against model."""
 

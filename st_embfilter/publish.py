@@ -26,6 +26,7 @@ from st_embfilter.backbone import (
     TOKENIZER_CONFIG,
     backbone_files,
     backbone_model,
+    has_adapter,
     is_unchanged,
     source_folder,
     tokenizer_patch,
@@ -249,6 +250,11 @@ def _pooling_config(pooling: Pooling) -> dict[str, Any]:
 
 def _write_backbone(model: SentenceTransformer, source: Path | None, target: Path) -> None:
     inner = backbone_model(model)
+    if has_adapter(inner):
+        raise FormatError(
+            "a portable folder holds merged weights, got a backbone with a PEFT adapter; load it "
+            "with from_causal_lm, which merges, or save with model.save_pretrained(path)"
+        )
     if source is not None and is_unchanged(inner, source):
         for file in backbone_files(source):
             shutil.copyfile(file, target / file.name)

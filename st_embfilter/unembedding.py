@@ -18,11 +18,20 @@ from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
+)
 from transformers.models.auto import modeling_auto
 
+from st_embfilter.adapter import Adapter
 from st_embfilter.checkpoint import Checkpoint, StoredTensor, open_folder
 from st_embfilter.errors import UnembeddingError
+from st_embfilter.gguf_file import find_gguf, read_gguf
+from st_embfilter.quantized import check_not_packed, dequantized
 from st_embfilter.spectrum import Band, Precision, Spectrum, spectrum_of
 
 logger = logging.getLogger(__name__)
@@ -193,67 +202,77 @@ def unembedding_of_model(model: nn.Module) -> Unembedding:
 
 
 def unembedding_of_folder(
-    folder: str | os.PathLike[str], *, trust_remote_code: bool = False
+    folder: str | os.PathLike[str], *, masked_lm: bool = False, trust_remote_code: bool = False
 ) -> Unembedding:
     """The unembedding matrix in a local checkpoint folder; the model is not loaded.
 
     Args:
-        folder: Holds `config.json` and the weights.
+        folder: Holds `config.json` and the weights, or a PEFT adapter (`adapter_config.json`), or
+            one GGUF file, which may also be given itself.
+        masked_lm: Take the decoder matrix of a masked language model; outside the paper.
         trust_remote_code: Allow model code of the checkpoint to run (it names the tensor).
 
     Raises:
         UnembeddingError: If the folder, its head or its weights are missing or unfit.
     """
     folder = Path(folder)
+    gguf = find_gguf(folder)
+    if gguf is not None:
+        stored, tied = read_gguf(gguf)
+        return Unembedding(stored, tied, gguf.name)
     if not folder.is_dir():
         raise UnembeddingError(f"a model folder must exist, got {folder}; check the path")
-    if not (folder / "config.json").is_file():
+    adapter = Adapter.open(folder)
+    base = folder if adapter is None else adapter.base_folder()
+    if not (base / "config.json").is_file():
         raise UnembeddingError(
-            f"a model folder must hold config.json, got none in {folder}; give the folder of a "
+            f"a model folder must hold config.json, got none in {base}; give the folder of a "
             "transformers checkpoint"
         )
-    config = _load_config(folder, trust_remote_code)
-    model = meta_model(config, trust_remote_code=trust_remote_code)
-    checkpoint = open_folder(folder)
-    stored, tied = find_output_embedding(model, checkpoint, str(folder))
-    return Unembedding(stored, tied, *model_identity(str(folder), None))
+    config = _load_config(base, trust_remote_code)
+    model = meta_model(config, masked_lm=masked_lm, trust_remote_code=trust_remote_code)
+    head, tied = find_output_embedding(model, open_folder(base), str(base), adapter)
+    trained = adapter is not None and adapter.trains(head.name)
+    return Unembedding(head, tied, *model_identity(str(folder if trained else base), None))
 
 
-def meta_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> nn.Module:
-    """The causal LM of a config without weights, on the meta device.
+def meta_model(
+    config: PretrainedConfig, *, masked_lm: bool = False, trust_remote_code: bool = False
+) -> nn.Module:
+    """The language model of a config without weights, on the meta device.
+
+    Args:
+        config: Of a causal LM; of a vision-language model, whose text decoder is nested; or, with
+            `masked_lm`, of a masked LM.
+        masked_lm: Build a masked LM instead, and accept heads with layers of their own.
+        trust_remote_code: Allow model code of the checkpoint to run.
 
     Raises:
-        UnembeddingError: If the config describes no decoder language model.
+        UnembeddingError: If the config describes no such model, or one whose unembedding matrix
+            does not read the last hidden state.
     """
     model_type = getattr(config, "model_type", type(config).__name__)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnembeddingError(
-            f"EmbedFilter needs a decoder language model, got the encoder-decoder {model_type!r}"
-        )
-    masked = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if masked and not getattr(config, "is_decoder", False):
-        raise UnembeddingError(
-            "EmbedFilter needs a decoder language model, got the encoder-only model type "
-            f"{model_type!r}; its embeddings are not read by an unembedding matrix"
-        )
+    if not masked_lm:
+        _check_decoder(config, model_type)
+    factory = AutoModelForMaskedLM if masked_lm else _auto_class(config, model_type)
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
+            model: nn.Module = factory.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
         raise UnembeddingError(
-            f"EmbedFilter needs a model that AutoModelForCausalLM can build, got model type "
-            f"{model_type!r}: {_first_line(error)}"
+            f"EmbedFilter needs a model that {factory.__name__} can build, got model type "
+            f"{model_type!r}: {_reason(error)}"
         ) from error
     tie = getattr(model, "tie_weights", None)
     if callable(tie):
         tie()
+    if not masked_lm:
+        _check_head(model, model_type)
     return model
 
 
 def find_output_embedding(
-    model: nn.Module, checkpoint: Checkpoint, where: str
+    model: nn.Module, checkpoint: Checkpoint, where: str, adapter: Adapter | None = None
 ) -> tuple[StoredTensor, bool]:
     """The stored tensor that transformers would load as the model's output embedding.
 
@@ -261,25 +280,30 @@ def find_output_embedding(
         model: From `meta_model`.
         checkpoint: The named tensors.
         where: Names the checkpoint in errors.
+        adapter: Weights trained on top of the checkpoint, which may include the head.
 
     Returns:
-        The matrix, and whether it is tied to the input embedding.
+        The matrix, and whether it is tied to the input embedding. The bias of a head, where it has
+        one, shifts logits and is no part of it.
 
     Raises:
-        UnembeddingError: If none of its names is stored, or its shape is not the model's.
+        UnembeddingError: If none of its names is stored, its shape is not the model's, or it is
+            quantised in a way that cannot be undone exactly.
     """
     names, tied, weight = _output_embedding(model)
     stored_as = _stored_names(model, checkpoint.names)
-    for name in names:
-        if name in stored_as:
-            stored = checkpoint.tensor(stored_as[name])
-            break
-    else:
+    found = next((stored_as[name] for name in names if name in stored_as), None)
+    if found is None:
+        check_not_packed(names, checkpoint.names)
         raise UnembeddingError(
             f"the checkpoint must hold the output embedding ({' or '.join(names)}), got "
             f"{len(checkpoint.names)} other tensors in {where}; a backbone saved without its "
-            "language-model head has no unembedding matrix unless the two are tied"
+            "language-model head has no unembedding matrix unless the two are tied; take that of "
+            "the model it was made from (unembedding=)"
         )
+    stored = dequantized(checkpoint, found, _scale_block(model))
+    if adapter is not None:
+        stored = adapter.head(names, stored)
     if stored.shape != tuple(weight.shape):
         raise UnembeddingError(
             f"the output embedding must have the shape of the config, {tuple(weight.shape)}, got "
@@ -303,11 +327,83 @@ def model_identity(name_or_path: str | None, revision: str | None) -> tuple[str 
     return path.resolve().name, revision
 
 
+def _check_decoder(config: PretrainedConfig, model_type: str) -> None:
+    # The class says so too: a decoder saved alone is loaded with an encoder again.
+    if any(getattr(one, "is_encoder_decoder", False) for one in (config, type(config))):
+        raise UnembeddingError(
+            f"EmbedFilter needs a decoder language model, got the encoder-decoder {model_type!r}; use "
+            "a decoder-only model"
+        )
+    masked = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and not getattr(config, "is_decoder", False):
+        raise UnembeddingError(
+            "EmbedFilter needs a decoder language model, got the encoder-only model type "
+            f"{model_type!r}; pass masked_lm=True (--masked-lm) to try the decoder matrix of its "
+            "masked language model, which the paper does not cover"
+        )
+    backbone = modeling_auto.MODEL_MAPPING_NAMES.get(model_type)
+    heads = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if getattr(config, "auto_map", None):
+        return
+    if backbone is None or backbone == heads.get(model_type):
+        raise UnembeddingError(
+            "EmbedFilter needs a model type of which AutoModel loads a backbone that gives hidden "
+            f"states, got {model_type!r}, for which transformers has "
+            f"{'none' if backbone is None else f'{backbone} alone'}"
+        )
+
+
+def _check_head(model: nn.Module, model_type: str) -> None:
+    """Nothing may stand between the backbone's last hidden state and W_U."""
+    base = getattr(model, "base_model", model)
+    if base is model:
+        return
+    _, _, weight = _output_embedding(model)
+    known = {id(weight), *(id(parameter) for parameter in base.parameters())}
+    between = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and id(parameter) not in known
+    ]
+    if between:
+        masked = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        hint = "; pass masked_lm=True (--masked-lm) to try it all the same" if masked else ""
+        raise UnembeddingError(
+            "EmbedFilter needs a head that is the unembedding matrix alone, so that the matrix "
+            f"reads the last hidden state, got {type(model).__name__} with {between[0]!r} in "
+            f"between{hint}"
+        )
+
+
+def _auto_class(config: PretrainedConfig, model_type: str) -> type[Any]:
+    """The auto class of the model that was saved; a composite config may fit two."""
+    classes = {
+        AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        AutoModelForImageTextToText: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    }
+    saved = getattr(config, "architectures", None) or ()
+    fits = [auto for auto, mapping in classes.items() if mapping.get(model_type) in saved]
+    fits += [auto for auto, mapping in classes.items() if model_type in mapping]
+    return fits[0] if fits else AutoModelForCausalLM
+
+
+def _scale_block(model: nn.Module) -> tuple[int, int]:
+    """Rows and columns that share a scale in a checkpoint with 8-bit weights."""
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    return (int(block[0]), int(block[1])) if block else (128, 128)
+
+
 def _output_embedding(model: nn.Module) -> tuple[list[str], bool, Tensor]:
     """Names of the output embedding's weight (its own first, then tied ones), tied or not."""
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
     weight = getattr(output, "weight", None)
+    if isinstance(output, nn.ModuleList):
+        raise UnembeddingError(
+            f"EmbedFilter needs a language model with one output embedding, got "
+            f"{type(model).__name__} with {len(output)}, one for each codebook"
+        )
     if not isinstance(weight, Tensor):
         raise UnembeddingError(
             "EmbedFilter needs a language model with an output embedding, got "
@@ -369,7 +465,7 @@ def _load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     except Exception as error:  # configs of strangers fail in many ways, all mean the same
         raise UnembeddingError(
             f"config.json in {folder} must describe a model that transformers knows, got: "
-            f"{_first_line(error)}"
+            f"{_reason(error)}"
         ) from error
     return config
 
@@ -378,5 +474,11 @@ def _bytes(block: Tensor) -> memoryview:
     return memoryview(cast("Any", block.contiguous().view(torch.uint8).numpy())).cast("B")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: BaseException) -> str:
+    message = str(error).strip()
+    if "trust_remote_code" in message:
+        return (
+            "model code in the checkpoint, which runs only with trust_remote_code=True "
+            "(--trust-remote-code); read that code first"
+        )
+    return (message.splitlines() or [type(error).__name__])[0]

@@ -113,6 +113,14 @@ TINY = {
         "num_key_value_heads": 2,
     },
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "qwen3": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    },
     "qwen2": {
         "hidden_size": 32,
         "intermediate_size": 48,

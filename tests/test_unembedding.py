@@ -207,10 +207,10 @@ def write(file: Path, header: object, data: bytes) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "I8"}, "stored in one of .* got .* 'I8'; use an unquantised checkpoint"),
+        ({"dtype": "U8"}, "stored in one of .* got .* 'U8'; use an unquantised checkpoint"),
         ({"shape": [200, 31]}, "the file is truncated or damaged"),
         ({"shape": [200, -32]}, "as whole numbers"),
-        ({"shape": [6400]}, r"shape \(V, d\)"),
+        ({"shape": [6400]}, r"\(200, 32\), got \(6400, 1\)"),
         ({"shape": [0, 32], "data_offsets": [0, 0]}, r"shape \(V, d\)"),
         ({"shape": "huge"}, "as whole numbers"),
         ({"data_offsets": [0]}, "as whole numbers"),

@@ -53,6 +53,9 @@ def build(
     ),
     max_seq_length: Annotated[int, typer.Option(help="Longest text in tokens.", min=1)] = 512,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    masked_lm: Annotated[
+        bool, typer.Option("--masked-lm", help="Take a masked LM; outside the paper.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code of the checkpoint.")
     ] = False,
@@ -85,6 +88,7 @@ def build(
         calibration_size=calibration_size,
         max_seq_length=max_seq_length,
         revision=revision,
+        masked_lm=masked_lm,
         trust_remote_code=trust_remote_code,
         device="cpu",
         show_progress_bar=not quiet,

@@ -1,0 +1,74 @@
+"""A core set of architectures goes the whole way; docs/architectures.md tells of all of them.
+
+`make coverage-full` runs every one and writes that table.
+"""
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from transformers.models.auto import modeling_auto
+
+from tests.architectures import TABLE, exercise, run_all
+
+#: One of each kind: tied and untied, head bias, output projection, capped and scaled logits,
+#: experts, state spaces, hybrids, composite configs, wide outputs, and each kind of refusal.
+CORE = [
+    "bart",
+    "bert",
+    "cohere",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gptj",
+    "llama",
+    "llama4",
+    "mamba",
+    "minicpm3",
+    "mllama",
+    "modernbert-decoder",
+    "opt",
+    "qwen3_5",
+    "qwen3_moe",
+    "reformer",
+    "trocr",
+]
+
+
+def rows() -> dict[str, str]:
+    """The table's rows by model type."""
+    text = TABLE.read_text(encoding="utf-8")
+    return {row[1]: row[0] for row in re.finditer(r"^\| `([^`]+)` \| .* \|$", text, re.M)}
+
+
+@pytest.mark.parametrize("model_type", CORE)
+@pytest.mark.filterwarnings("ignore")  # of transformers, about its own models
+def test_architecture(model_type: str, tmp_path: Path) -> None:
+    assert exercise(model_type, tmp_path).row == rows()[model_type]
+
+
+def test_the_table_is_of_every_architecture_of_its_transformers() -> None:
+    text = TABLE.read_text(encoding="utf-8")
+    found = re.search(r"transformers (\d[^,]*),", text)
+    assert found is not None
+    assert "| fails | 0 |" in text
+    if found[1] == version("transformers"):
+        assert set(rows()) == set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def test_at_least_95_percent_can_be_used() -> None:
+    built, halves, usable = (
+        int(re.search(pattern, TABLE.read_text(encoding="utf-8"))[1])  # type: ignore[index]
+        for pattern in (r"Of the (\d+) that", r"(\d+) of the refused", r"built (\d+) \(")
+    )
+    assert usable >= 0.95 * (built - halves)
+
+
+def test_an_architecture_that_hangs_or_crashes_ends_only_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = {"no-such-type": "", "llama": ""}
+    monkeypatch.setattr(modeling_auto, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", names)
+    statuses = [outcome.status for outcome in run_all(seconds=0.05)]
+    assert statuses == ["failed", "failed"]
