@@ -35,5 +35,9 @@ class OutputError(EmbedFilterError, OSError):
     """The output folder cannot be written as asked."""
 
 
+class DataError(EmbedFilterError, ValueError):
+    """A file of evaluation data breaks the rules of its format, or data do not suffice."""
+
+
 class PromptError(EmbedFilterError, ValueError):
     """An unknown or malformed prompt recipe."""
