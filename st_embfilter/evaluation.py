@@ -23,7 +23,7 @@ from st_embfilter.layer import EmbedFilterLayer, filter_of
 from st_embfilter.metadata import METADATA_FILE
 from st_embfilter.results import Result
 from st_embfilter.spectrum import Spectrum
-from st_embfilter.tasks import Task
+from st_embfilter.tasks import Releasable, Task
 from st_embfilter.vectors import Vectors, VectorStore
 
 logger = logging.getLogger(__name__)
@@ -248,6 +248,8 @@ def sweep(
                     measured_by=task.info.measured_by,
                 )
             store.forget()
+            if isinstance(task, Releasable):
+                task.release()
 
 
 def _outcomes(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,15 @@ class Task(Protocol):
 
     def run(self, encoder: Encoder) -> Outcome:
         """Measures an encoder."""
+        ...
+
+
+@runtime_checkable
+class Releasable(Protocol):
+    """A task that holds data in memory which it can load again."""
+
+    def release(self) -> None:
+        """Frees them."""
         ...
 
 

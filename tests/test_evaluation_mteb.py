@@ -1,0 +1,226 @@
+"""MTEB's tasks on local data: MTEB's number, ours, and that of a saved and reloaded model agree."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from st_embfilter.baselines import Configuration
+from st_embfilter.demo import DEMO_TEXTS, Paraphrases
+from st_embfilter.errors import DataError
+from st_embfilter.evaluation import Filtered, RawModel, raw_model, sweep
+from st_embfilter.tasks import ClassificationTask, ClusteringTask, RetrievalTask, STSTask, TaskInfo
+from st_embfilter.vectors import VectorStore
+from tests.conftest import DEMO_LM
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    mteb = pytest.importorskip("mteb", reason="the extra `eval` is not installed")
+    from datasets import Dataset, DatasetDict
+
+    from st_embfilter import tasks as local_tasks
+    from st_embfilter.mteb_tasks import MTEBTask, mteb_tasks
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of mteb, datasets and their dependencies
+
+DATA = Paraphrases.read(DEMO_TEXTS)
+RNG = np.random.default_rng(0)
+N = 240
+TEXTS = DATA.texts[:N]
+TOPICS = DATA.topics[:N].tolist()
+INFO = TaskInfo("local", "", "local", "test", "")
+
+
+def pairs() -> list[tuple[str, str, float]]:
+    left, right = RNG.integers(0, N, size=(2, 80))
+    scores = RNG.integers(0, 6, size=80) / 1.0
+    return [(TEXTS[i], TEXTS[j], s) for i, j, s in zip(left, right, scores.tolist(), strict=True)]
+
+
+PAIRS = pairs()
+DOCUMENTS = {f"d{i}": text for i, text in enumerate(TEXTS[60:])}
+DOCUMENTS["same"] = DOCUMENTS["d3"]  # equal scores: the order of ties counts
+QUERIES = {f"q{i}": TEXTS[i] for i in range(20)}
+JUDGED = {q: {f"d{(7 * i + j) % 180}": 1 + j % 2 for j in range(3)} for i, q in enumerate(QUERIES)}
+TRAIN, TEST = list(zip(TEXTS, TOPICS, strict=True))[:160], list(zip(TEXTS, TOPICS, strict=True))[160:]
+KNOWN = {topic for _, topic in TRAIN}
+TEST = [(text, topic) for text, topic in TEST if topic in KNOWN] or TRAIN[:40]
+
+
+def table(**columns: list[Any]) -> Any:
+    return Dataset.from_dict(columns)
+
+
+def sts() -> Any:
+    task = mteb.get_task("STSBenchmark")
+    a, b, s = map(list, zip(*PAIRS, strict=True))
+    task.dataset = {"test": table(sentence1=a, sentence2=b, score=s)}
+    return task
+
+
+def pair_classification() -> Any:
+    task = mteb.get_task("TwitterSemEval2015")
+    a, b, s = map(list, zip(*PAIRS, strict=True))
+    task.dataset = {"test": table(sentence1=[a], sentence2=[b], labels=[[int(x > 2) for x in s]])}
+    return task
+
+
+def retrieval(name: str = "SciFact", ranked: bool = False) -> Any:
+    task = mteb.get_task(name)
+    task.dataset = {
+        "default": {
+            "test": {
+                "corpus": table(
+                    id=list(DOCUMENTS), text=list(DOCUMENTS.values()), title=[""] * len(DOCUMENTS)
+                ),
+                "queries": table(id=list(QUERIES), text=list(QUERIES.values())),
+                "relevant_docs": {q: dict(judged) for q, judged in JUDGED.items()},
+                "top_ranked": {q: [*JUDGED[q], "d100", "d5"] for q in QUERIES} if ranked else None,
+            }
+        }
+    }
+    return task
+
+
+def reranking() -> Any:
+    return retrieval("SciDocsRR", ranked=True)
+
+
+def classification() -> Any:
+    task = mteb.get_task("Banking77Classification")
+    task.dataset = DatasetDict(
+        {
+            name: table(text=[t for t, _ in rows], label=[label for _, label in rows])
+            for name, rows in (("train", TRAIN), ("test", TEST))
+        }
+    )
+    return task
+
+
+def clustering_sets() -> Any:
+    task = mteb.get_task("TwentyNewsgroupsClustering")
+    task.dataset = {
+        "test": table(sentences=[TEXTS[:120], TEXTS[120:]], labels=[TOPICS[:120], TOPICS[120:]])
+    }
+    return task
+
+
+def clustering() -> Any:
+    task = mteb.get_task("TwentyNewsgroupsClustering.v2")
+    task.dataset = {"test": table(sentences=TEXTS, labels=TOPICS)}
+    task.max_document_to_embed = 200
+    task.max_fraction_of_documents_to_embed = None
+    task.max_documents_per_cluster = 256
+    return task
+
+
+def summaries() -> Any:
+    task = mteb.get_task("SummEval")
+    task.dataset = {
+        "test": table(
+            text=TEXTS[:4],
+            human_summaries=[TEXTS[i : i + 3] for i in range(4)],
+            machine_summaries=[TEXTS[i : i + 5] for i in range(20, 24)],
+            relevance=[[1.0, 4.0, 2.0, 5.0, 3.5]] * 4,
+        )
+    }
+    return task
+
+
+TASKS: list[Callable[[], Any]] = [
+    sts,
+    pair_classification,
+    retrieval,
+    reranking,
+    classification,
+    clustering_sets,
+    clustering,
+    summaries,
+]
+
+
+@pytest.fixture(scope="module")
+def raw() -> RawModel:
+    return raw_model(DEMO_LM, device="cpu", show_progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def store(raw: RawModel, tmp_path_factory: pytest.TempPathFactory) -> VectorStore:
+    return VectorStore(raw.model, show_progress_bar=False)
+
+
+@pytest.fixture
+def loaded() -> Iterator[None]:
+    return None
+
+
+def ready(make: Callable[[], Any]) -> Any:
+    task = make()
+    task.data_loaded = True
+    return task
+
+
+def official(model: SentenceTransformer, make: Callable[[], Any]) -> float:
+    """The number of `mteb.evaluate` on a plain SentenceTransformer."""
+    result = mteb.evaluate(
+        model,
+        ready(make),
+        cache=None,
+        co2_tracker=False,
+        encode_kwargs={"show_progress_bar": False},
+        show_progress_bar=False,
+    )
+    return float(result.task_results[0].get_score())
+
+
+BULK = Configuration("bulk", 128)
+
+
+@pytest.mark.parametrize("make", TASKS, ids=lambda make: make.__name__)
+def test_the_sweep_gives_the_score_of_mteb_on_the_saved_model(
+    raw: RawModel, store: VectorStore, saved_demo: Path, make: Callable[[], Any]
+) -> None:
+    encoder = Filtered(store, BULK.transforms(raw.spectrum)[0])
+    task = MTEBTask(ready(make), raw.model)
+    first = task.run(encoder)
+    reloaded = SentenceTransformer(str(saved_demo), device="cpu")
+    assert first.score == pytest.approx(official(reloaded, make), abs=1e-4)
+    assert first.statistic is not None
+    assert first.statistic(np.ones((1, first.units)))[0] == pytest.approx(first.score, abs=1e-5)
+    assert task.run(encoder).score == first.score  # a second run draws the same samples
+
+
+@pytest.mark.parametrize(
+    ("make", "mine"),
+    [
+        (sts, STSTask(INFO, PAIRS)),
+        (retrieval, RetrievalTask(INFO, DOCUMENTS, QUERIES, JUDGED)),
+        (
+            classification,
+            ClassificationTask(
+                INFO, [(t, str(label)) for t, label in TRAIN], [(t, str(label)) for t, label in TEST]
+            ),
+        ),
+        (clustering, ClusteringTask(INFO, [(t, f"{i:02}") for t, i in zip(TEXTS, TOPICS, strict=True)])),
+    ],
+    ids=["sts", "retrieval", "classification", "clustering"],
+)
+def test_local_tasks_give_the_score_of_mteb(
+    raw: RawModel,
+    store: VectorStore,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], Any],
+    mine: Any,
+) -> None:
+    task = ready(make)
+    if make is clustering:
+        task.max_document_to_embed = None
+        monkeypatch.setattr(local_tasks, "CLUSTERED_TEXTS", task.max_documents_per_cluster)
+    encoder = Filtered(store, BULK.transforms(raw.spectrum)[0])
+    theirs = MTEBTask(task, raw.model).run(encoder).score
+    # MTEB rounds retrieval scores to five digits.
+    assert mine.run(encoder).score == pytest.approx(theirs, abs=6e-6)
