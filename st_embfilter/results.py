@@ -54,6 +54,7 @@ class Result:
         normalize: Whether embeddings had unit length.
         max_seq_length: Longest text in tokens.
         measured_by: Whose code computed the score, with its version.
+        command: The command line that gave this row, if it was one.
     """
 
     task: str
@@ -84,6 +85,7 @@ class Result:
     normalize: bool
     max_seq_length: int | None
     measured_by: str
+    command: str | None = None
 
     @property
     def verdict(self) -> str:
