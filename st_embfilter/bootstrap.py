@@ -151,7 +151,9 @@ def spearman_statistic(x: ArrayLike, y: ArrayLike) -> Statistic:
         a, b = (rank(weights) for rank in ranks)
         a -= (weights * a).sum(axis=1, keepdims=True) / total
         b -= (weights * b).sum(axis=1, keepdims=True) / total
-        products = [(weights * left * right).sum(axis=1) for left, right in ((a, b), (a, a), (b, b))]
+        products = [
+            (weights * left * right).sum(axis=1) for left, right in ((a, b), (a, a), (b, b))
+        ]
         scale = np.sqrt(products[1] * products[2])
         result: Floats = np.divide(
             products[0], scale, out=np.full_like(scale, np.nan), where=scale > 0

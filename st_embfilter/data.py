@@ -207,7 +207,10 @@ def check_classes(
             _check(file, line, label in known, f"the label {label!r} has no training example")
         else:
             _check(
-                file, line, counts[label] > 1, f"the label {label!r} must have two examples, got one"
+                file,
+                line,
+                counts[label] > 1,
+                f"the label {label!r} must have two examples, got one",
             )
     if known is None and len(counts) < 2:
         raise DataError(f"{file} must have at least two labels, got {sorted(counts)}")
@@ -242,11 +245,11 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     name = path.name.removesuffix(".gz")
     if not name.endswith((".csv", ".tsv")):
         raise DataError(f"a table must be a .csv or .tsv file, got {path}")
-    quoting = csv.QUOTE_NONE if name.endswith(".tsv") else csv.QUOTE_MINIMAL
-    delimiter = "\t" if name.endswith(".tsv") else ","
-    reader = csv.reader(
-        (f"{line}\n" for line in _lines(path)), delimiter=delimiter, quoting=quoting, strict=True
-    )
+    lines = (f"{line}\n" for line in _lines(path))
+    if name.endswith(".tsv"):
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        reader = csv.reader(lines, strict=True)
     line, empty = 1, True
     while True:
         try:

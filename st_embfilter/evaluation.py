@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,7 +22,7 @@ from st_embfilter.errors import DataError
 from st_embfilter.layer import EmbedFilterLayer, filter_of
 from st_embfilter.metadata import METADATA_FILE
 from st_embfilter.results import Result
-from st_embfilter.spectrum import Spectrum
+from st_embfilter.spectrum import Band, Spectrum
 from st_embfilter.tasks import Releasable, Task
 from st_embfilter.vectors import Vectors, VectorStore
 
@@ -42,6 +42,7 @@ class RawModel:
         name: Folder name or Hub id.
         prompt: Prompt recipe, None for plain text.
         normalize: Whether its embeddings are to have unit length.
+        band: The band that was taken off, of a filtered model's folder.
     """
 
     model: SentenceTransformer
@@ -49,6 +50,7 @@ class RawModel:
     name: str | None = None
     prompt: str | None = None
     normalize: bool = False
+    band: Band | None = None
 
     @property
     def pooling(self) -> str | None:
@@ -88,7 +90,8 @@ def raw_model(
         show_progress_bar: Show a bar while the unembedding matrix is read.
     """
     name = os.fspath(name_or_path)
-    if (Path(name) / METADATA_FILE).is_file():
+    is_filtered = (Path(name) / METADATA_FILE).is_file()
+    if is_filtered:
         model = load(name, device=device, trust_remote_code=trust_remote_code)
     else:
         model = from_causal_lm(
@@ -104,14 +107,18 @@ def raw_model(
             show_progress_bar=show_progress_bar,
         )
     layer = filter_of(model)
-    recipe = None if layer is None or layer.metadata.prompt is None else layer.metadata.prompt
+    recipe = None if layer is None else layer.metadata.prompt
     unit = any(isinstance(module, Normalize) for module in model.children())
     # Every band of a sweep must be exact, so the sums are float64.
     unembedding = open_unembedding(name, trust_remote_code=trust_remote_code)
     spectrum, _ = unembedding.fit(precision="float64")
-    shown = Path(name).resolve().name if Path(name).is_dir() else name
     return RawModel(
-        without_filter(model), spectrum, shown, prompt or _recipe_name(recipe), normalize or unit
+        without_filter(model),
+        spectrum,
+        Path(name).resolve().name if Path(name).is_dir() else name,
+        prompt or (None if recipe is None else str(recipe.get("recipe", "custom"))),
+        unit,
+        layer.metadata.band if layer is not None and is_filtered else None,
     )
 
 
@@ -197,10 +204,8 @@ def sweep(
             reference: tuple[Outcome, Floats | None] | None = None
             for configuration in chosen:
                 bar.update()
-                if configuration.needs_data and sample is None:
-                    texts = store.seen(FIT_TEXTS, seed)
-                else:
-                    texts = sample
+                own = configuration.needs_data and sample is None
+                texts = store.seen(FIT_TEXTS, seed) if own else sample
                 try:
                     outcomes = _outcomes(raw, store, task, configuration, texts)
                 except DataError as error:
@@ -261,9 +266,3 @@ def _outcomes(
 ) -> list[Outcome]:
     transforms = configuration.transforms(raw.spectrum, sample, normalize=raw.normalize)
     return [task.run(Filtered(store, transform)) for transform in transforms]
-
-
-def _recipe_name(recipe: Mapping[str, object] | None) -> str | None:
-    if recipe is None:
-        return None
-    return str(recipe.get("name", recipe.get("recipe", "custom")))

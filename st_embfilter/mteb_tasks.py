@@ -124,14 +124,15 @@ class MTEBTask:
                 leaf.load_data()
                 self._loaded = True
             # A task draws from this generator and leaves it where it is; every run starts afresh.
-            leaf.rng_state = random.Random(leaf.seed)
+            leaf.rng_state = random.Random(leaf.seed)  # noqa: S311
+        settings: Any = {"batch_size": 256, "show_progress_bar": False}
         with tempfile.TemporaryDirectory() as folder, _quiet():
             result = mteb.evaluate(
                 wrapper,
                 self.task,
                 co2_tracker=False,
                 cache=None,
-                encode_kwargs={"batch_size": 256, "show_progress_bar": False},
+                encode_kwargs=settings,
                 prediction_folder=folder,
                 show_progress_bar=False,
             )
@@ -211,12 +212,15 @@ def _parts(leaves: Sequence[AbsTask], folder: Path) -> Iterator[_Part | None]:
     for leaf in leaves:
         file = folder / leaf.prediction_file_name
         predictions = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        rule = next((_RULES[kind.__name__] for kind in type(leaf).__mro__ if kind.__name__ in _RULES), None)
+        rule = next(
+            (_RULES[kind.__name__] for kind in type(leaf).__mro__ if kind.__name__ in _RULES), None
+        )
         for subset, by_split in predictions.items():
             if subset == "mteb_model_meta":
                 continue
             for split, predicted in by_split.items():
-                data = leaf.dataset.get(subset, leaf.dataset)[split]
+                dataset: Any = leaf.dataset
+                data = dataset.get(subset, dataset)[split]
                 yield None if rule is None else rule(leaf, data, predicted)
 
 
@@ -298,7 +302,7 @@ def _clustering_sets(task: Any, data: Any, predicted: Any) -> _Part | None:
 def _clustering(task: Any, data: Any, predicted: Any) -> _Part | None:
     if task.metadata.main_score != "v_measure":
         return None
-    rng = random.Random(task.seed)  # the draws that the task made
+    rng = random.Random(task.seed)  # noqa: S311 - the draws that the task made
     n = len(data)
     kept = list(range(n))
     limit = task.max_document_to_embed

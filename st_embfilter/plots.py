@@ -92,9 +92,7 @@ def window_figure(rows: Sequence[Result]) -> Figure:
     figure = _figure(7.5, 4.8)
     axes = figure.add_subplot()
     limit = float(abs(values).max()) or 1.0
-    image = axes.imshow(
-        values, cmap="RdBu", vmin=-limit, vmax=limit, origin="lower", aspect="auto"
-    )
+    image = axes.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, origin="lower", aspect="auto")
     best = np.unravel_index(values.argmax(), values.shape)
     axes.plot(best[1], best[0], "k*", markersize=14, label="best")
     d = found[0].full_dims
@@ -138,14 +136,11 @@ def _line(axes: Any, points: Sequence[Result], name: str, number: int) -> None:
         zorder=3 if main else 2,
     )
     if main and all(row.delta_low is not None and row.delta_high is not None for row in points):
-        bounds = [
-            [100 * (row.score - row.delta + (bound or 0.0)) for row, bound in zip(points, side)]
-            for side in (
-                [row.delta_low for row in points],
-                [row.delta_high for row in points],
-            )
-        ]
-        axes.fill_between(dims, *bounds, color=colour, alpha=0.15, linewidth=0)
+        low, high = (
+            [100 * (row.score - row.delta + (getattr(row, side) or 0.0)) for row in points]
+            for side in ("delta_low", "delta_high")
+        )
+        axes.fill_between(dims, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _figure(width: float, height: float) -> Figure:

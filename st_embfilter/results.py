@@ -89,7 +89,7 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """ "+" or "-" where the interval of delta excludes zero, "=" where it does not, else "?"."""
+        """Sign of delta if its interval excludes zero, "=" if it does not, "?" without one."""
         if self.delta_low is None or self.delta_high is None:
             return "?"
         return "+" if self.delta_low > 0 else "-" if self.delta_high < 0 else "="

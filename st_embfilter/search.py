@@ -55,9 +55,7 @@ class WindowSearch:
     def _gain(self, rows: Sequence[Result], name: str | None = None) -> float:
         wanted = str(self.band) if name is None else name
         gains = [
-            row.delta
-            for row in rows
-            if row.configuration == wanted and row.dims == self.band.keep
+            row.delta for row in rows if row.configuration == wanted and row.dims == self.band.keep
         ]
         return float(np.mean(gains))
 

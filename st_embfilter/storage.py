@@ -5,21 +5,21 @@ Needs the extra `eval`.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from sentence_transformers import quantize_embeddings
 
+from st_embfilter.data import beir_files, read_corpus, read_judgements, read_texts
 from st_embfilter.errors import DataError
 from st_embfilter.metrics import ndcg_of_gains
 from st_embfilter.vectors import Vectors
-
-if TYPE_CHECKING:
-    import faiss
 
 PRECISIONS: Final = ("float32", "int8", "binary")
 KINDS: Final = ("flat", "hnsw")
@@ -29,6 +29,9 @@ TOP: Final = 10
 #: Links of each vector in an HNSW graph, and candidates of a search in it.
 _LINKS: Final = 32
 _CANDIDATES: Final = 64
+
+#: Of a plain file of texts, each so many-th is a query.
+_EVERY: Final = 50
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,45 @@ def storage_table(
     return rows
 
 
+@dataclass(frozen=True)
+class Collection:
+    """Texts to index and to ask.
+
+    Attributes:
+        documents: Texts that are indexed.
+        queries: Texts that are asked.
+        gains: For each query, gains of the documents (by row), or None.
+    """
+
+    documents: list[str]
+    queries: list[str]
+    gains: list[dict[int, float]] | None = None
+
+    @classmethod
+    def of_beir(cls, folder: str | os.PathLike[str], split: str = "test") -> Collection:
+        """A BEIR folder."""
+        files = beir_files(folder, split)
+        documents, queries = read_corpus(files[0]), read_corpus(files[1])
+        judged = read_judgements(files[2], queries, documents)
+        rows = {key: row for row, key in enumerate(documents)}
+        return cls(
+            list(documents.values()),
+            [queries[query] for query in judged],
+            [{rows[key]: float(gain) for key, gain in g.items()} for g in judged.values()],
+        )
+
+    @classmethod
+    def of_texts(cls, file: str | os.PathLike[str]) -> Collection:
+        """A file of texts, one on a line; every 50th asks instead of being indexed."""
+        texts = read_texts(file)
+        documents = [text for i, text in enumerate(texts) if i % _EVERY]
+        return cls(documents, texts[::_EVERY])
+
+
 class _Index:
     """A FAISS index over what `encode(precision=...)` gives."""
 
     def __init__(self, faiss: Any, precision: str, kind: str, documents: Vectors) -> None:
-        from sentence_transformers.quantization import quantize_embeddings
-
         width = documents.shape[1]
         product = faiss.METRIC_INNER_PRODUCT
         hnsw = kind == "hnsw"
@@ -148,15 +184,13 @@ class _Index:
             )
             self.index.train(documents)
             ranges = np.stack([documents.min(axis=0), documents.max(axis=0)])
-            codes = quantize_embeddings(documents, "int8", ranges=ranges)
+            codes = np.asarray(quantize_embeddings(documents, "int8", ranges=ranges))
             # The middle of each code's interval, which FAISS stores as that code again.
             share = (codes.astype(np.float32) + 128.5) / 255
             stored = (ranges[0] + share * (ranges[1] - ranges[0])).astype(np.float32)
         else:
             self.index = (
-                faiss.IndexHNSWFlat(width, _LINKS, product)
-                if hnsw
-                else faiss.IndexFlatIP(width)
+                faiss.IndexHNSWFlat(width, _LINKS, product) if hnsw else faiss.IndexFlatIP(width)
             )
             stored = documents
         if hnsw:
@@ -172,12 +206,8 @@ class _Index:
 
     def search(self, queries: Vectors) -> NDArray[np.int64]:
         """Rows (m, 10) of the nearest documents, best first."""
-        from sentence_transformers.quantization import quantize_embeddings
-
-        if self._precision == "binary":
-            asked = quantize_embeddings(queries, "ubinary")
-        else:
-            asked = queries
+        binary = self._precision == "binary"
+        asked = quantize_embeddings(queries, "ubinary") if binary else queries
         found: NDArray[np.int64] = self.index.search(np.ascontiguousarray(asked), TOP)[1]
         return found
 

@@ -116,11 +116,11 @@ class STSTask:
 
     def run(self, encoder: Encoder) -> Outcome:
         """Measures an encoder; the resampled units are pairs."""
-        texts = [pair[side] for side in (0, 1) for pair in self.pairs]
+        texts = [first for first, _, _ in self.pairs] + [second for _, second, _ in self.pairs]
         left, right = np.split(unit_rows(encoder.encode(texts)), 2)
         # Rounded, so that every text is exactly as near to itself as any other.
         cosines = np.einsum("ij,ij->i", left, right).round(12)
-        scores = [pair[2] for pair in self.pairs]
+        scores = [score for _, _, score in self.pairs]
         return Outcome.of(len(scores), spearman_statistic(cosines, scores))
 
     def halves(self, seed: int = 0) -> tuple[STSTask, STSTask]:
@@ -205,9 +205,7 @@ class ClassificationTask:
     test: Sequence[tuple[str, str]]
 
     @classmethod
-    def read(
-        cls, folder: str | os.PathLike[str], name: str | None = None
-    ) -> ClassificationTask:
+    def read(cls, folder: str | os.PathLike[str], name: str | None = None) -> ClassificationTask:
         """Reads a folder with train.csv and test.csv (or .tsv) of `read_labelled`."""
         files = [_table(Path(folder), split) for split in ("train", "test")]
         train, test = (read_labelled(file) for file in files)
@@ -279,7 +277,7 @@ class ClusteringTask:
         labels = np.array([label for _, label in self.texts])
         statistics = [
             v_measure_statistic(labels[drawn], clusters, drawn, len(labels))
-            for drawn, clusters in clusterings(vectors, labels, random.Random(SEED))
+            for drawn, clusters in clusterings(vectors, labels, random.Random(SEED))  # noqa: S311
         ]
         return Outcome.of(len(labels), mean_of(statistics))
 
@@ -317,7 +315,7 @@ def _few_of_each(labels: NDArray[np.str_], repetitions: int) -> list[list[int]]:
     order = list(range(len(labels)))
     draws = []
     for _ in range(repetitions):
-        np.random.RandomState(SEED).shuffle(order)  # noqa: NPY002 - MTEB's generator
+        np.random.RandomState(SEED).shuffle(order)
         counts: dict[str, int] = {}
         drawn = []
         for i in order:

@@ -148,7 +148,7 @@ def fingerprint(model: SentenceTransformer) -> str:
     digest = hashlib.sha256()
     for package in ("sentence-transformers", "transformers"):
         digest.update(f"{package} {version(package)}\n".encode())
-    settings = [
+    settings: list[object] = [
         [
             type(module).__module__,
             type(module).__qualname__,
@@ -177,7 +177,8 @@ def _tokenizer(model: SentenceTransformer) -> str:
 
 
 def _bytes(value: Tensor) -> memoryview:
-    return memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    flat: NDArray[np.uint8] = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return flat.data
 
 
 def _hash(parts: Iterable[str | None]) -> str:

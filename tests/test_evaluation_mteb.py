@@ -11,8 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 import st_embfilter
 from st_embfilter.baselines import Configuration
-from st_embfilter.errors import DataError
-from st_embfilter.evaluation import Filtered, RawModel, raw_model, sweep
+from st_embfilter.evaluation import Filtered, RawModel, raw_model
 from st_embfilter.tasks import ClassificationTask, ClusteringTask, RetrievalTask, STSTask, TaskInfo
 from st_embfilter.vectors import VectorStore
 from tests.conftest import tiny_lm
@@ -23,7 +22,7 @@ with warnings.catch_warnings():
     from datasets import Dataset, DatasetDict
 
     from st_embfilter import tasks as local_tasks
-    from st_embfilter.mteb_tasks import MTEBTask, mteb_tasks
+    from st_embfilter.mteb_tasks import MTEBTask
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mteb, datasets and their dependencies
 
@@ -213,10 +212,15 @@ def test_the_sweep_gives_the_score_of_mteb_on_the_saved_model(
         (
             classification,
             ClassificationTask(
-                INFO, [(t, str(label)) for t, label in TRAIN], [(t, str(label)) for t, label in TEST]
+                INFO,
+                [(t, str(label)) for t, label in TRAIN],
+                [(t, str(label)) for t, label in TEST],
             ),
         ),
-        (clustering, ClusteringTask(INFO, [(t, f"{i:02}") for t, i in zip(TEXTS, TOPICS, strict=True)])),
+        (
+            clustering,
+            ClusteringTask(INFO, [(t, f"{i:02}") for t, i in zip(TEXTS, TOPICS, strict=True)]),
+        ),
     ],
     ids=["sts", "retrieval", "classification", "clustering"],
 )
