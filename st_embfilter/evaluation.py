@@ -173,7 +173,7 @@ def sweep(
             own texts, without their labels.
         cache: Folder for raw vectors, None for none.
         batch_size: Texts in a batch of the model.
-        resamples: Bootstrap samples.
+        resamples: Bootstrap samples; 0 for no intervals.
         level: Coverage of the intervals in (0, 1).
         seed: Seed of the bootstrap and of the sample for data-driven baselines.
         show_progress_bar: Show bars.
@@ -214,7 +214,7 @@ def sweep(
                     logger.warning("%s: left out, %s", task.info.name, error)
                     continue
                 outcome = Outcome.mean(outcomes)
-                drawn = replicates(outcome, resamples, seed)
+                drawn = replicates(outcome, resamples, seed) if resamples else None
                 reference = reference or (outcome, drawn)
                 difference = None
                 if drawn is not None and reference[1] is not None:

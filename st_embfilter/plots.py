@@ -34,7 +34,7 @@ def score_figure(rows: Sequence[Result]) -> Figure:
     tasks = list(dict.fromkeys((row.task, row.split, row.metric) for row in rows))
     names = [n for n in dict.fromkeys(row.configuration for row in rows) if n != "raw"]
     columns = min(2, len(tasks))
-    figure = _figure(5.2 * columns, 3.6 * math.ceil(len(tasks) / columns) + 0.9)
+    figure = _figure(6.0 if columns == 1 else 10.4, 3.6 * math.ceil(len(tasks) / columns) + 0.9)
     for i, (task, split, metric) in enumerate(tasks):
         axes = figure.add_subplot(math.ceil(len(tasks) / columns), columns, i + 1)
         here = [row for row in rows if (row.task, row.split, row.metric) == (task, split, metric)]
@@ -60,9 +60,15 @@ def score_figure(rows: Sequence[Result]) -> Figure:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8,
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=6 if columns > 1 else 4,
+        fontsize=8,
         frameon=False,
-    )  # fmt: skip
+        title="* and dashed: fitted on texts",
+        title_fontsize=8,
+    )
     return figure
 
 
@@ -132,7 +138,7 @@ def _line(axes: Any, points: Sequence[Result], name: str, number: int) -> None:
         markersize=5,
         linewidth=2.4 if main else 1.2,
         linestyle="--" if points[0].needs_data else "-",
-        label=f"{name} (fitted on texts)" if points[0].needs_data else name,
+        label=f"{name} *" if points[0].needs_data else name,
         zorder=3 if main else 2,
     )
     if main and all(row.delta_low is not None and row.delta_high is not None for row in points):

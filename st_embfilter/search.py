@@ -38,18 +38,13 @@ class WindowSearch:
     windows: int
 
     @property
-    def optimism(self) -> float:
-        """How much more the chosen window gained on the development tasks than on the others."""
-        return self._gain(self.scan) - self._gain(self.held_out)
-
-    @property
     def warning(self) -> str:
         """What to keep in mind, with the figures."""
         return (
-            f"The best of {self.windows} windows was chosen by its score on development data "
-            f"({100 * self._gain(self.scan):+.2f} against raw there). That figure is too good; "
-            f"held out it is {100 * self._gain(self.held_out):+.2f}, and the paper's window of the "
-            f"same width has {100 * self._gain(self.held_out, 'bulk'):+.2f}."
+            f"The best of {self.windows} windows was chosen by its development score, "
+            f"{100 * self._gain(self.scan):+.2f} against raw, which flatters it. Trust the "
+            f"held-out figure: {100 * self._gain(self.held_out):+.2f}, where the paper's window of "
+            f"the same width has {100 * self._gain(self.held_out, 'bulk'):+.2f}."
         )
 
     def _gain(self, rows: Sequence[Result], name: str | None = None) -> float:
@@ -133,8 +128,8 @@ def search_window(
         "show_progress_bar": show_progress_bar,
     }
     tried = [Configuration(str(band), band.keep) for band in bands]
-    # Intervals of windows that were not chosen tell nothing: few resamples.
-    scan = list(sweep(raw, development, tried, resamples=2, **settings))  # type: ignore[arg-type]
+    # The scan chooses and proves nothing: no intervals.
+    scan = list(sweep(raw, development, tried, resamples=0, **settings))  # type: ignore[arg-type]
     means = [
         np.mean([r.score for r in scan if (r.configuration, r.dims) == (str(band), band.keep)])
         for band in bands
