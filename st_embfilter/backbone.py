@@ -58,7 +58,8 @@ def load_backbone(
 
     Texts are tokenized as they are, never through the checkpoint's chat template. A tokenizer
     without a padding token gets an existing token as one; it is masked out everywhere. Padding goes
-    to the right, which leaves the positions of all texts the same in every batch. An adapter is merged.
+    to the right, which leaves the positions of all texts the same in every batch. An
+    adapter is merged.
 
     Args:
         name_or_path: Folder or Hub id of a language model or of a PEFT adapter.

@@ -47,6 +47,10 @@ class CalibrationError(EmbedFilterError, ValueError):
     """Calibration texts, or what came of them, are unfit."""
 
 
+class DataError(EmbedFilterError, ValueError):
+    """A file of evaluation data breaks the rules of its format, or data do not suffice."""
+
+
 class PromptError(EmbedFilterError, ValueError):
     """An unknown or malformed prompt recipe."""
 

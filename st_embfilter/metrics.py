@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,6 +40,23 @@ def ndcg_at_k(similarity: Floats, relevant: Bools, k: int = 10) -> NDArray[np.fl
     ideal = np.concatenate([[0.0], discount.cumsum()])[counts]
     result: NDArray[np.float64] = np.divide(gain, ideal, out=np.zeros_like(gain), where=ideal > 0)
     return result
+
+
+def ndcg_of_gains(ranked: Sequence[float], judged: Sequence[float], k: int = 10) -> float:
+    """Normalised discounted cumulative gain of one ranking, graded relevance, as in trec_eval.
+
+    Args:
+        ranked: Gains of the first k documents of the ranking, best first.
+        judged: Gains of all judged documents of the query.
+        k: Cut-off.
+
+    Returns:
+        A value in [0, 1]; 0 if nothing is relevant.
+    """
+    ideal = sorted(judged, reverse=True)[:k]
+    best = sum(gain / math.log2(i + 2) for i, gain in enumerate(ideal))
+    found = sum(gain / math.log2(i + 2) for i, gain in enumerate(ranked[:k]))
+    return found / best if best > 0 else 0.0
 
 
 def pair_average_precision(scores: Floats, positive: Bools) -> float:

@@ -130,6 +130,21 @@ TINY = {
     },
 }
 
+
+def tiny_lm(folder: Path, model_type: str = "llama", **config: object) -> PreTrainedModel:
+    """Saves a tiny random causal LM with a tokenizer of 200 words."""
+    torch.manual_seed(0)
+    options = {"vocab_size": 200, "bos_token_id": 1, "eos_token_id": 2, **TINY[model_type]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(options | config)))
+    with torch.no_grad():  # initial weights are so small that all hidden states look alike
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return model.eval()
+
+
 MakeLM = Callable[..., tuple[Path, PreTrainedModel]]
 
 

@@ -1,0 +1,267 @@
+"""Scores that can be resampled, and paired bootstrap intervals from them.
+
+A score is a statistic of weighted units (pairs, queries, texts): every unit weighs 1 in the score
+itself, and as often as it was drawn in a bootstrap sample. Two configurations are compared on the
+same draws, so what makes a unit hard for both cancels out of their difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from st_embfilter.errors import ShapeError
+
+Floats = NDArray[np.float64]
+
+#: Weights (b, units) to statistics (b,).
+Statistic = Callable[[Floats], Floats]
+
+#: Weights that are held in memory at a time.
+_CHUNK = 2_000_000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one configuration did on one task.
+
+    Attributes:
+        score: The task's main score.
+        units: Number of resampled units; 0 where the score cannot be resampled.
+        statistic: The score as a function of the units' weights, or None.
+    """
+
+    score: float
+    units: int = 0
+    statistic: Statistic | None = None
+
+    @classmethod
+    def of(cls, units: int, statistic: Statistic) -> Outcome:
+        """The outcome whose score is the statistic with every unit once."""
+        return cls(float(statistic(np.ones((1, units)))[0]), units, statistic)
+
+    @classmethod
+    def mean(cls, outcomes: Sequence[Outcome]) -> Outcome:
+        """The mean over repetitions (e.g. seeds) on the same units."""
+        score = float(np.mean([outcome.score for outcome in outcomes]))
+        statistics = [outcome.statistic for outcome in outcomes if outcome.statistic is not None]
+        if len(statistics) < len(outcomes) or len({outcome.units for outcome in outcomes}) > 1:
+            return cls(score)
+        return cls(score, outcomes[0].units, mean_of(statistics))
+
+
+def replicates(outcome: Outcome, resamples: int, seed: int = 0) -> Floats | None:
+    """The score on bootstrap samples of the units; the same samples for the same seed.
+
+    Returns:
+        (resamples,), or None where the score cannot be resampled.
+    """
+    if outcome.statistic is None:
+        return None
+    parts = [outcome.statistic(weights) for weights in _draws(outcome.units, resamples, seed)]
+    return np.concatenate(parts)
+
+
+def interval(values: Floats, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of bootstrap replicates; samples without a score are left out."""
+    tail = (1.0 - level) / 2.0
+    low, high = np.nanquantile(values, [tail, 1.0 - tail])
+    return float(low), float(high)
+
+
+def paired_interval(
+    outcome: Outcome,
+    reference: Outcome,
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Paired bootstrap interval of the difference of two scores.
+
+    Args:
+        outcome: Of the configuration in question.
+        reference: Of what it is compared with, on the same units.
+        resamples: Number of bootstrap samples.
+        level: Coverage in (0, 1).
+        seed: Seed of the samples.
+
+    Returns:
+        Bounds of `outcome.score - reference.score`, or None where one cannot be resampled.
+
+    Raises:
+        ShapeError: If the two have different units.
+    """
+    if outcome.units != reference.units:
+        raise ShapeError(
+            f"paired outcomes must have the same units, got {outcome.units} and {reference.units}"
+        )
+    mine, theirs = (replicates(side, resamples, seed) for side in (outcome, reference))
+    return None if mine is None or theirs is None else interval(mine - theirs, level)
+
+
+def _draws(units: int, resamples: int, seed: int) -> Iterator[Floats]:
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // units)
+    for first in range(0, resamples, chunk):
+        rows = min(chunk, resamples - first)
+        drawn = rng.integers(0, units, size=(rows, units))
+        drawn += np.arange(rows)[:, None] * units
+        counts = np.bincount(drawn.ravel(), minlength=rows * units)
+        yield counts.reshape(rows, units).astype(np.float64)
+
+
+# Statistics --------------------------------------------------------------------------------------
+
+
+def mean_of(statistics: Sequence[Statistic]) -> Statistic:
+    """The mean of several statistics of the same units."""
+    return lambda weights: np.mean([statistic(weights) for statistic in statistics], axis=0)
+
+
+def max_of(statistics: Sequence[Statistic]) -> Statistic:
+    """The largest of several statistics of the same units."""
+    return lambda weights: np.max([statistic(weights) for statistic in statistics], axis=0)
+
+
+def mean_statistic(values: ArrayLike) -> Statistic:
+    """The weighted mean of one value per unit, e.g. nDCG of each query.
+
+    Args:
+        values: (n,).
+    """
+    per_unit = np.asarray(values, dtype=np.float64)
+    return lambda weights: weights @ per_unit / weights.sum(axis=1)
+
+
+def spearman_statistic(x: ArrayLike, y: ArrayLike) -> Statistic:
+    """Spearman's rank correlation; ties, drawn twice or equal, get their mean rank.
+
+    Args:
+        x: (n,).
+        y: (n,).
+    """
+    ranks = [_ranker(x), _ranker(y)]
+
+    def statistic(weights: Floats) -> Floats:
+        total = weights.sum(axis=1, keepdims=True)
+        a, b = (rank(weights) for rank in ranks)
+        a -= (weights * a).sum(axis=1, keepdims=True) / total
+        b -= (weights * b).sum(axis=1, keepdims=True) / total
+        products = [
+            (weights * left * right).sum(axis=1) for left, right in ((a, b), (a, a), (b, b))
+        ]
+        scale = np.sqrt(products[1] * products[2])
+        result: Floats = np.divide(
+            products[0], scale, out=np.full_like(scale, np.nan), where=scale > 0
+        )
+        return result
+
+    return statistic
+
+
+def average_precision_statistic(scores: ArrayLike, positive: ArrayLike) -> Statistic:
+    """Average precision of scores against binary labels.
+
+    Args:
+        scores: (n,), higher is more likely positive.
+        positive: (n,) bool.
+    """
+    groups = _Groups(-np.asarray(scores, dtype=np.float64))
+    is_positive = np.asarray(positive, dtype=np.float64)
+
+    def statistic(weights: Floats) -> Floats:
+        found = groups.sums(weights * is_positive)
+        seen = groups.sums(weights).cumsum(axis=1)
+        precision = found.cumsum(axis=1) / np.maximum(seen, 1.0)
+        total = found.sum(axis=1)
+        result: Floats = np.divide(
+            (precision * found).sum(axis=1), total, out=np.full_like(total, np.nan), where=total > 0
+        )
+        return result
+
+    return statistic
+
+
+def v_measure_statistic(
+    labels: ArrayLike, clusters: ArrayLike, units: ArrayLike | None = None, n: int | None = None
+) -> Statistic:
+    """V-measure of clusters against labels.
+
+    Args:
+        labels: (m,) class of each clustered text.
+        clusters: (m,) its cluster.
+        units: (m,) which unit it is; a unit may be clustered several times or not at all. None for
+            unit i being text i.
+        n: Number of units.
+    """
+    from scipy.sparse import csr_array
+
+    label_ids = np.unique(np.asarray(labels), return_inverse=True)[1]
+    cluster_ids = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    cells, cell_of = np.unique(
+        label_ids * (int(cluster_ids.max()) + 1) + cluster_ids, return_inverse=True
+    )
+    rows = np.arange(len(label_ids)) if units is None else np.asarray(units)
+    shape = (len(rows) if n is None else n, len(cells))
+    counts = csr_array((np.ones(len(rows)), (rows, cell_of)), shape=shape)
+    margins = [
+        csr_array((np.ones(len(cells)), (np.arange(len(cells)), side)))
+        for side in np.divmod(cells, int(cluster_ids.max()) + 1)
+    ]
+
+    def statistic(weights: Floats) -> Floats:
+        joint = weights @ counts
+        classes, groups = (_entropy(joint @ margin) for margin in margins)
+        information = np.maximum(classes + groups - _entropy(joint), 0.0)
+        # One class, or one cluster, is by definition homogeneous, or complete.
+        homogeneity, completeness = (
+            np.divide(information, side, out=np.ones_like(side), where=side > 0)
+            for side in (classes, groups)
+        )
+        both = homogeneity + completeness
+        result: Floats = np.divide(
+            2 * homogeneity * completeness, both, out=np.zeros_like(both), where=both > 0
+        )
+        return result
+
+    return statistic
+
+
+class _Groups:
+    """Sums over units with equal values, groups in ascending order of the value."""
+
+    def __init__(self, values: Floats) -> None:
+        self.order = np.argsort(values, kind="stable")
+        ordered = values[self.order]
+        self.starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+        group = np.cumsum(np.r_[False, ordered[1:] != ordered[:-1]])
+        self.of_unit = np.empty(len(values), dtype=np.int64)
+        self.of_unit[self.order] = group
+
+    def sums(self, weights: Floats) -> Floats:
+        result: Floats = np.add.reduceat(weights[:, self.order], self.starts, axis=1)
+        return result
+
+
+def _ranker(values: ArrayLike) -> Callable[[Floats], Floats]:
+    groups = _Groups(np.asarray(values, dtype=np.float64))
+
+    def ranks(weights: Floats) -> Floats:
+        sums = groups.sums(weights)
+        middle = sums.cumsum(axis=1) - sums / 2
+        result: Floats = middle[:, groups.of_unit]
+        return result
+
+    return ranks
+
+
+def _entropy(counts: Floats) -> Floats:
+    total = counts.sum(axis=1, keepdims=True)
+    shares = counts / total
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    result: Floats = -(shares * logs).sum(axis=1)
+    return result

@@ -1,0 +1,210 @@
+"""Every text is encoded once: raw vectors in memory and, if wanted, on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from st_embfilter.errors import EmbedFilterError
+
+Vectors = NDArray[np.float32]
+
+#: Texts that are encoded, and stored, at a time: what an interruption can cost.
+CHUNK: Final = 1024
+
+
+class Encoder(Protocol):
+    """What a task needs: texts to vectors."""
+
+    def encode(
+        self, texts: Sequence[str], *, method: str = "encode", prompt: str | None = None
+    ) -> Vectors:
+        """Vectors (n, k) float32 of texts.
+
+        Args:
+            texts: Texts, in any order, with repetitions.
+            method: "encode", "encode_query" or "encode_document".
+            prompt: Prefix that the method is asked to use, None for the model's own.
+        """
+        ...
+
+
+class VectorStore:
+    """Vectors of an unfiltered model; encodes only what it has not seen.
+
+    On disk there is one file for each chunk of texts. Its name is a hash of the texts, its folder a
+    hash of the model, so nothing is ever out of date, and an interrupted run goes on where it was.
+
+    Args:
+        model: The unfiltered model.
+        cache: Folder for the vectors, None to keep them in memory only.
+        batch_size: Texts in a batch of the model.
+        show_progress_bar: Show a bar while encoding.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        cache: str | os.PathLike[str] | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool = True,
+    ) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.show_progress_bar = show_progress_bar
+        self.encoded = 0
+        self._folder = None if cache is None else Path(cache) / fingerprint(model)[:32]
+        self._memory: dict[str, Vectors] = {}
+
+    def encode(
+        self, texts: Sequence[str], *, method: str = "encode", prompt: str | None = None
+    ) -> Vectors:
+        """Raw vectors (n, d) float32 of texts; see `Encoder`.
+
+        Raises:
+            EmbedFilterError: If a vector is not finite; the message shows the text.
+        """
+        key = _hash([method, prompt, *texts])
+        if key not in self._memory:
+            # Longest first, as sentence-transformers does inside a call, so that chunks of similar
+            # length waste little on padding.
+            unique = sorted(dict.fromkeys(texts), key=len, reverse=True)
+            place = {text: i for i, text in enumerate(unique)}
+            vectors = self._encode_unique(unique, method, prompt)
+            self._memory[key] = vectors[[place[text] for text in texts]]
+        return self._memory[key]
+
+    def seen(self, size: int, seed: int = 0) -> Vectors:
+        """A random sample (at most `size`) of the vectors in memory."""
+        rows = np.concatenate([self._memory[key] for key in sorted(self._memory)])
+        if len(rows) <= size:
+            return rows
+        return rows[np.sort(np.random.default_rng(seed).choice(len(rows), size, replace=False))]
+
+    def forget(self) -> None:
+        """Frees the memory; what is on disk stays."""
+        self._memory.clear()
+
+    def _encode_unique(self, texts: list[str], method: str, prompt: str | None) -> Vectors:
+        parts = []
+        with tqdm(
+            total=len(texts),
+            unit="text",
+            desc="Encoding",
+            leave=False,
+            disable=None if self.show_progress_bar else True,
+        ) as bar:
+            for first in range(0, len(texts), CHUNK):
+                chunk = texts[first : first + CHUNK]
+                parts.append(self._chunk(chunk, method, prompt))
+                bar.update(len(chunk))
+        return np.concatenate(parts)
+
+    def _chunk(self, texts: list[str], method: str, prompt: str | None) -> Vectors:
+        file = None
+        if self._folder is not None:
+            file = self._folder / f"{_hash([method, prompt, *texts])}.npy"
+            stored = _read(file, len(texts))
+            if stored is not None:
+                return stored
+        vectors: Vectors = np.asarray(
+            getattr(self.model, method)(
+                texts,
+                prompt=prompt,
+                batch_size=self.batch_size,
+                convert_to_numpy=True,
+                show_progress_bar=False,
+            ),
+            dtype=np.float32,
+        )
+        self.encoded += len(texts)
+        bad = ~np.isfinite(vectors).all(axis=1)
+        if bad.any():
+            raise EmbedFilterError(
+                "embeddings must be finite, got NaN or Inf for the text "
+                f"{texts[int(bad.argmax())][:60]!r}; try another dtype for the backbone"
+            )
+        if file is not None:
+            _write(file, vectors)
+        return vectors
+
+
+def fingerprint(model: SentenceTransformer) -> str:
+    """Hash of everything that an embedding depends on: weights, tokenizer, settings, libraries."""
+    digest = hashlib.sha256()
+    for package in ("sentence-transformers", "transformers"):
+        digest.update(f"{package} {version(package)}\n".encode())
+    settings: list[object] = [
+        [
+            type(module).__module__,
+            type(module).__qualname__,
+            getattr(module, "get_config_dict", dict)(),
+            getattr(module, "max_seq_length", None),
+        ]
+        for module in model.children()
+    ]
+    shared = [model.prompts, model.default_prompt_name, model.truncate_dim]
+    digest.update(json.dumps([settings, shared], sort_keys=True, default=repr).encode())
+    digest.update(_tokenizer(model).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def _tokenizer(model: SentenceTransformer) -> str:
+    tokenizer = model.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return repr(tokenizer)
+    # Truncation and padding are what the last call left behind.
+    content = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+    return json.dumps([content, tokenizer.padding_side, tokenizer.pad_token], sort_keys=True)
+
+
+def _bytes(value: Tensor) -> memoryview:
+    flat: NDArray[np.uint8] = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return flat.data
+
+
+def _hash(parts: Iterable[str | None]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = b"" if part is None else part.encode("utf-8", "surrogatepass")
+        digest.update(f"{-1 if part is None else len(data)}:".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _read(file: Path, rows: int) -> Vectors | None:
+    try:
+        stored: Vectors = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None  # not there, or damaged: encoded anew
+    return stored if stored.ndim == 2 and len(stored) == rows else None
+
+
+def _write(file: Path, vectors: Vectors) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            np.save(stream, vectors)
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
