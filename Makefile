@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint types wheel benchmark coverage-full clean
+.PHONY: demo test lint types wheel benchmark coverage-full figures clean
 
 demo: $(VENV)/.ready  ## set up, then filter the demo LM and show what changes
 	$(BIN)/st-embfilter demo
@@ -28,6 +28,9 @@ benchmark: $(VENV)/.ready-dev  ## minutes, and gigabytes in ~/.cache/st-embfilte
 
 coverage-full: $(VENV)/.ready-dev  ## every architecture of transformers; writes docs/architectures.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures
+
+figures: $(VENV)/.ready-dev  ## regenerate docs/figures with the demo LM
+	$(BIN)/st-embfilter lens examples/openstax-lm --figures docs/figures --quiet
 
 # constraints.txt keeps pip from downloading a CUDA build of torch.
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -69,7 +69,9 @@ def logit_lens(
         embeddings: (n, d) pooled hidden states after the final norm, which is never applied again;
             or (n, k) filtered ones with their projection.
         unembedding: W_U, (V, d).
-        projection: (k, d) rows V_k^T of the filter; the logits are then W_U V_k V_k^T h.
+        projection: (k, d) rows of the filter. An embedding z is read as the shortest h that it maps
+            to z, pinv(projection) z: the logits are W_U V_k z for rows V_k^T. A calibrated filter's
+            whitening is undone thereby, its centring is not.
         top_k: Number of tokens for each embedding.
 
     Raises:
@@ -83,7 +85,8 @@ def logit_lens(
                 f"filtered embeddings must have at most {projection.shape[0]} dimensions, got "
                 f"{hidden.shape[1]}"
             )
-        hidden = hidden @ projection[: hidden.shape[1]]
+        rows = projection[: hidden.shape[1]]
+        hidden = torch.linalg.solve(rows @ rows.T, hidden.T).T @ rows
     if hidden.shape[1] != unembedding.d:
         raise ShapeError(
             f"embeddings must have the {unembedding.d} dimensions of the unembedding matrix, got "

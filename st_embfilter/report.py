@@ -28,7 +28,7 @@ from st_embfilter.anisotropy import Anisotropy, anisotropy
 from st_embfilter.build import from_causal_lm, load, open_unembedding
 from st_embfilter.errors import BandError, LensError, ProvenanceError
 from st_embfilter.frequencies import SMOOTHING, TokenCounts
-from st_embfilter.layer import EmbedFilterLayer, filter_of
+from st_embfilter.layer import FEATURE, EmbedFilterLayer, filter_of
 from st_embfilter.lens import logit_lens, pooled_embeddings, visible
 from st_embfilter.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.spectroscopy import Spectroscopy, optimal_band, spectroscopy_of_counts
@@ -152,6 +152,7 @@ class LensReport:
             "band": str(self.band),
             "d": self.d,
             "k": self.k,
+            "calibrated": self.metadata.calibration is not None,
             "layer": self.layer,
             "texts": [asdict(text) for text in self.texts],
         }
@@ -281,7 +282,7 @@ def look(
     """
     found = _filter(model)
     hidden = pooled_embeddings(model, texts, layer=layer, show_progress_bar=show_progress_bar)
-    projection = found.projection.cpu()
+    filtered = _filtered(found, hidden)
     before, after = (
         [
             tuple(map(Token, *row))
@@ -294,7 +295,7 @@ def look(
         ]
         for lens in (
             logit_lens(hidden, unembedding, top_k=top_k),
-            logit_lens(hidden @ projection.T, unembedding, projection, top_k=top_k),
+            logit_lens(filtered, unembedding, found.projection, top_k=top_k),
         )
     )
     shown = tuple(map(TextLens, texts, before, after))
@@ -334,7 +335,6 @@ def study(
     measured = spectroscopy_of_counts(unembedding, spectrum, counts, smoothing=smoothing)
     frequent = counts.groups()["frequent"]
     hidden = pooled_embeddings(model, sample, layer=layer, show_progress_bar=show_progress_bar)
-    projection = found.projection.cpu()
     before, after = (
         Side(
             dims=embeddings.shape[1],
@@ -343,7 +343,7 @@ def study(
                 frequent
             ),
         )
-        for embeddings, rows in ((hidden, None), (hidden @ projection.T, projection))
+        for embeddings, rows in ((hidden, None), (_filtered(found, hidden), found.projection))
     )
     return Study(spectrum.singular_values, measured, before, after, len(sample), counts, smoothing)
 
@@ -399,6 +399,13 @@ def _filter(model: SentenceTransformer) -> EmbedFilterLayer:
     if found is None:
         raise LensError("the lens compares without and with a filter, got a model without one")
     return found
+
+
+def _filtered(layer: EmbedFilterLayer, hidden: Tensor) -> Tensor:
+    """(n, k) on the CPU."""
+    moved = hidden.to(layer.projection.device)
+    filtered: Tensor = layer({FEATURE: moved})[FEATURE]
+    return filtered.cpu()
 
 
 def _is_filtered(name: str, revision: str | None) -> bool:

@@ -39,6 +39,19 @@ def test_filtered_embeddings_are_read_through_their_projection(weight: torch.Ten
     assert torch.equal(prefix.ids, narrow.indices)
 
 
+def test_a_calibrated_embedding_is_read_without_its_whitening(weight: torch.Tensor) -> None:
+    h = torch.randn(7, 16, dtype=torch.float64)
+    v = spectrum_of_weight(weight).directions[Band("bulk", 8).indices(16)]
+    square = torch.randn(8, 8, dtype=torch.float64)
+    whitening = square @ square.T + torch.eye(8)
+    mean = torch.randn(8, dtype=torch.float64)
+    z = (h @ v.T - mean) @ whitening
+    expected = ((h @ v.T - mean) @ v @ weight.T).softmax(dim=1).topk(5, dim=1)
+    found = logit_lens(z, unembedding_of_tensor(weight), whitening @ v, top_k=5)
+    assert torch.equal(found.ids, expected.indices)
+    assert torch.allclose(found.probabilities, expected.values, rtol=1e-8)
+
+
 def test_widths_must_fit(weight: torch.Tensor) -> None:
     unembedding = unembedding_of_tensor(weight)
     with pytest.raises(ShapeError, match="must have the 16 dimensions"):

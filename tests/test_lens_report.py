@@ -109,6 +109,19 @@ def test_the_optimal_band_is_built_saved_and_loaded(
         open_model(DEMO_LM, band="optimal", show_progress_bar=False)
 
 
+def test_a_calibrated_filter(opened: Opened) -> None:
+    model, unembedding = open_model(DEMO_LM, device="cpu", show_progress_bar=False)
+    st_embfilter.calibrate_filter(model, CORPUS[:400])
+    texts = ["The glacier retreats.", "Rates went up."]
+    found = look(model, unembedding, texts, show_progress_bar=False)
+    assert found.to_dict()["calibrated"]
+    assert "bulk, 128 of 256 directions" in Page(render_html(found)).text
+    assert ", calibrated" in render_html(found)
+    plain = look(*opened, texts, show_progress_bar=False)
+    assert [text.before for text in found.texts] == [text.before for text in plain.texts]
+    assert [text.after for text in found.texts] != [text.after for text in plain.texts]
+
+
 # What is refused ---------------------------------------------------------------------------------
 
 
