@@ -124,8 +124,9 @@ def measured_width(backbone: Transformer) -> int:
 
     It is not the config's hidden size where a projection follows the layers, as in OPT-350m.
     """
+    model = backbone.auto_model
     with torch.no_grad():
-        output = backbone.auto_model(input_ids=torch.tensor([[0]]))
+        output = model(input_ids=torch.tensor([[0]], device=model.device))
     return int(output.last_hidden_state.shape[-1])
 
 

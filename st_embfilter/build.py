@@ -89,8 +89,8 @@ def from_causal_lm(
     """Turns a decoder language model into a filtered text embedder.
 
     Args:
-        name_or_path: Folder or Hub id of a causal language model, or of a PEFT adapter of one, which
-            is merged into it.
+        name_or_path: Folder or Hub id of a causal language model, or of a PEFT adapter of one,
+            which is merged into it.
         prompt: Prompt recipe: "prompteol", "echo", "metaeol", a template with one `{text}`, or a
             `PromptEOL`, `Echo` or `MetaEOL`; None embeds the plain text.
         prompt_encoding: "portable" or "exact", see `PromptEOL`; None for the recipe's own.

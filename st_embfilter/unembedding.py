@@ -331,8 +331,8 @@ def _check_decoder(config: PretrainedConfig, model_type: str) -> None:
     # The class says so too: a decoder saved alone is loaded with an encoder again.
     if any(getattr(one, "is_encoder_decoder", False) for one in (config, type(config))):
         raise UnembeddingError(
-            f"EmbedFilter needs a decoder language model, got the encoder-decoder {model_type!r}; "
-            "use a decoder-only model"
+            "EmbedFilter needs a decoder language model, got the encoder-decoder "
+            f"{model_type!r}; use a decoder-only model"
         )
     masked = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if masked and not getattr(config, "is_decoder", False):

@@ -244,14 +244,24 @@ def test_adapter_without_weights_or_with_others(make_lm: MakeLM) -> None:
         unembedding_of_folder(folder)
 
 
+@pytest.mark.parametrize("whole", [None, ["embed_tokens"]])
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, about transformers
-def test_an_adapter_is_merged_and_survives_publishing(make_lm: MakeLM, tmp_path: Path) -> None:
+def test_an_adapter_is_merged_and_survives_publishing(
+    make_lm: MakeLM, tmp_path: Path, whole: list[str] | None
+) -> None:
     peft = pytest.importorskip("peft")
     base, _ = make_lm(tie_word_embeddings=False)
     config = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        modules_to_save=whole,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
     )
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    if whole:
+        with torch.no_grad():
+            adapted.get_input_embeddings().weight.add_(0.5)
     adapted.save_pretrained(tmp_path / "adapter")
     word_tokenizer().save_pretrained(tmp_path / "adapter")
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
