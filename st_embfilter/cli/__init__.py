@@ -3,7 +3,7 @@
 Commands import what they run inside their functions, so that `--help` is quick.
 """
 
-from st_embfilter.cli import build, demo, inspect
+from st_embfilter.cli import build, card, demo, inspect
 from st_embfilter.cli.app import app
 
-__all__ = ["app", "build", "demo", "inspect"]
+__all__ = ["app", "build", "card", "demo", "inspect"]
