@@ -29,8 +29,10 @@ from st_embfilter.backbone import (
     has_adapter,
     is_unchanged,
     source_folder,
+    source_name,
     tokenizer_patch,
 )
+from st_embfilter.card import CARD_FILE, base_card, facts_of_files, render
 from st_embfilter.errors import FormatError, OutputError
 from st_embfilter.layer import EmbedFilterLayer, check_placement
 from st_embfilter.metadata import METADATA_FILE, SPECTRUM_FILE
@@ -186,10 +188,10 @@ def portable_files(model: SentenceTransformer) -> dict[str, bytes]:
         "2_Dense/config.json": _json(layer.get_config_dict()),
         "2_Dense/model.safetensors": save(layer.weights()),
         METADATA_FILE: layer.metadata.to_json().encode(),
-        "README.md": _readme(layer).encode(),
     }
     if layer.singular_values is not None:
         files[SPECTRUM_FILE] = save({"singular_values": layer.singular_values.cpu()})
+    files[CARD_FILE] = render(facts_of_files(files, base_card=_base_card(model))).encode()
     return files
 
 
@@ -283,33 +285,10 @@ def _replace(staging: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _readme(layer: EmbedFilterLayer) -> str:
-    source = layer.metadata.provenance
-    base = source.model_id or "a language model"
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-- sentence-transformers
-- embedfilter
----
-
-# EmbedFilter on {base}
-
-Text embeddings from {base}, reduced from {layer.in_features} to {layer.out_features} dimensions by
-[EmbedFilter](https://arxiv.org/abs/2606.07502): the {layer.metadata.band} band of the singular
-directions of `{source.tensor}`. No training, no data.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("path/to/this/folder")
-embeddings = model.encode(["A sentence."])  # {layer.out_features} dimensions
-```
-
-Any prefix of the embedding is the stronger filter of that width, e.g.
-`truncate_dim={layer.out_features // 2}`.
-"""
+def _base_card(model: SentenceTransformer) -> str | None:
+    name = source_name(model)
+    commit = getattr(getattr(backbone_model(model), "config", None), "_commit_hash", None)
+    return None if name is None else base_card(name, commit)
 
 
 def _json(value: object) -> bytes:
