@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint types wheel benchmark coverage-full figures clean
+.PHONY: demo test lint types wheel benchmark coverage-full figures compat model-cards clean
 
 demo: $(VENV)/.ready  ## set up, then filter the demo LM and show what changes
 	$(BIN)/st-embfilter demo
@@ -32,6 +32,14 @@ coverage-full: $(VENV)/.ready-dev  ## every architecture of transformers; writes
 figures: $(VENV)/.ready-dev  ## regenerate docs/figures with the demo LM
 	$(BIN)/st-embfilter lens examples/openstax-lm --figures docs/figures --quiet
 
+# Other libraries in environments of their own, in the folder COMPAT; minutes, and 9 GB if they are kept.
+COMPAT ?= .compat
+compat: $(VENV)/.ready  ## load a saved model through other libraries, write docs/compatibility.md
+	$(BIN)/python -m compat.run --environments $(COMPAT)
+
+model-cards: $(VENV)/.ready  ## render model_cards/
+	$(BIN)/python -m model_cards.render
+
 # constraints.txt keeps pip from downloading a CUDA build of torch.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,4 +51,4 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPAT) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

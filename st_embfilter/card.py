@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
-from huggingface_hub.utils import validate_repo_id, yaml_dump
+from huggingface_hub.utils import validate_repo_id, yaml_dump  # type: ignore[attr-defined]
 
 from st_embfilter.errors import FormatError
 from st_embfilter.metadata import METADATA_FILE, FilterMetadata
@@ -48,6 +48,7 @@ PIPELINE: Final = "sentence-similarity"
 #: the first is its word for a model with weights of its own that was made from another.
 RELATION: Final = "finetune"
 
+_PLAIN: Final = "sentence_transformers."
 _RELATIONS: Final = ("finetune", "adapter", "quantized", "merge")
 _LANGUAGE: Final = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
 _TOKEN: Final = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
@@ -64,20 +65,20 @@ _POOLING_NAMES: Final = {
 
 
 @dataclass(frozen=True)
-class Result:
+class Score:
     """One score of one configuration on one task.
 
     Attributes:
-        task: Kind of task, e.g. "STS".
+        task: Name of the task.
         dataset: Name of the dataset.
         split: Which part of it.
         metric: Name of the metric, e.g. "cosine_spearman".
         dims: Width of the embeddings.
         score: In [-1, 1]; cards show it x 100.
         configuration: "raw" without a filter, else the band, e.g. "bulk" or "offset:128".
-        low: Lower end of the interval of `delta`, in the unit of `score`.
-        high: Upper end of it.
         delta: Difference to raw, in the unit of `score`.
+        delta_low: Lower end of its interval.
+        delta_high: Upper end of its interval.
         command: What measured it.
         source: Who reports it; None if it was measured with this project.
     """
@@ -89,21 +90,22 @@ class Result:
     dims: int
     score: float
     configuration: str
-    low: float | None = None
-    high: float | None = None
     delta: float | None = None
+    delta_low: float | None = None
+    delta_high: float | None = None
     command: str | None = None
     source: str | None = None
 
     @classmethod
-    def parse(cls, row: Mapping[str, Any], where: str) -> Result:
-        """A result from a JSON object; keys of other purposes are left aside.
+    def parse(cls, row: Mapping[str, Any], where: str) -> Score:
+        """A score from a JSON object; keys of other purposes are left aside.
 
         Raises:
             FormatError: If a key is missing or of the wrong kind; names `where`.
         """
-        kinds = {"dims": (int,), **dict.fromkeys(("score", "low", "high", "delta"), (int, float))}
-        optional = ("low", "high", "delta", "command", "source")
+        numbers = ("score", "delta", "delta_low", "delta_high")
+        kinds = {"dims": (int,), **dict.fromkeys(numbers, (int, float))}
+        optional = (*numbers[1:], "command", "source")
         values: dict[str, Any] = {}
         for key in cls.__dataclass_fields__:
             value = row.get(key)
@@ -165,7 +167,7 @@ class CardFacts:
     max_seq_length: int | None = None
     portable: bool = True
     inherited: Mapping[str, Any] = field(default_factory=dict)
-    results: tuple[Result, ...] = ()
+    results: tuple[Score, ...] = ()
 
     @property
     def name(self) -> str:
@@ -174,7 +176,7 @@ class CardFacts:
 
 
 def facts_of_files(
-    files: Mapping[str, bytes], *, base_card: str | None = None, results: Iterable[Result] = ()
+    files: Mapping[str, bytes], *, base_card: str | None = None, results: Iterable[Score] = ()
 ) -> CardFacts:
     """The facts about a model from the small files of its folder.
 
@@ -196,7 +198,7 @@ def facts_of_files(
     source, band = metadata.provenance, metadata.band
     modules = _read_json(files, "modules.json", list)
     types = {str(module.get("type")): str(module.get("path")) for module in modules}
-    pooling = next((path for kind, path in types.items() if kind.endswith("Pooling")), None)
+    pooling = next((pair for pair in types.items() if pair[0].endswith("Pooling")), None)
     length = _read_json(files, "sentence_bert_config.json", dict).get("max_seq_length")
     return CardFacts(
         base_model=source.model_id,
@@ -213,10 +215,10 @@ def facts_of_files(
         tied=source.tied,
         sha256=source.sha256,
         prompt=metadata.prompt,
-        pooling="mean" if pooling is None else _pooling_mode(files, pooling),
+        pooling="mean" if pooling is None else _pooling_mode(files, *pooling),
         normalized=any(kind.endswith("Normalize") for kind in types),
         max_seq_length=length if isinstance(length, int) else None,
-        portable=all(kind.startswith("sentence_transformers.") for kind in types),
+        portable=all(kind.startswith(_PLAIN) for kind in types),
         inherited=inherited(base_card),
         results=tuple(results),
     )
@@ -241,6 +243,7 @@ def render(facts: CardFacts, *, repo_id: str | None = None) -> str:
         linked=_link(facts),
         window=_window(facts),
         recipe=recipe(facts.prompt),
+        exact=_is_exact(facts.prompt),
         widths=_widths(facts),
         measured=list(_tables(facts, measured)),
         reported=list(_tables(facts, [r for r in facts.results if r.source is not None])),
@@ -290,7 +293,7 @@ def check_card(text: str) -> None:
         raise FormatError(f"a model card must be valid, got: {'; '.join(problems)}")
 
 
-def read_results(text: str, where: str = RESULTS_FILE) -> tuple[Result, ...]:
+def read_results(text: str, where: str = RESULTS_FILE) -> tuple[Score, ...]:
     """Results from JSON Lines.
 
     Raises:
@@ -306,7 +309,7 @@ def read_results(text: str, where: str = RESULTS_FILE) -> tuple[Result, ...]:
             raise FormatError(f"{where} line {number}: must be JSON, got {error}") from error
         if not isinstance(row, dict):
             raise FormatError(f"{where} line {number}: must be an object, got {row!r}")
-        results.append(Result.parse(row, f"{where} line {number}"))
+        results.append(Score.parse(row, f"{where} line {number}"))
     return tuple(results)
 
 
@@ -356,7 +359,7 @@ def write_card(folder: str | os.PathLike[str], *, repo_id: str | None = None) ->
 
 
 def base_card(name_or_path: str, revision: str | None = None) -> str | None:
-    """The card of a base model: from its folder, the Hub cache or the Hub; None if none is there."""
+    """The card of a base model from its folder, the Hub cache or the Hub; None if there is none."""
     try:
         file = Path(name_or_path) / CARD_FILE
         if not os.path.isdir(name_or_path):
@@ -425,7 +428,7 @@ def _widths(facts: CardFacts) -> list[dict[str, str]]:
     ]
 
 
-def _tables(facts: CardFacts, results: Sequence[Result]) -> Iterator[dict[str, Any]]:
+def _tables(facts: CardFacts, results: Sequence[Score]) -> Iterator[dict[str, Any]]:
     """Tables of at most eight datasets: raw and this model's band in its widths, one a row."""
     shown = [
         result
@@ -444,22 +447,30 @@ def _tables(facts: CardFacts, results: Sequence[Result]) -> Iterator[dict[str, A
                 (configuration, -dims, [_cell(cells.get((c, configuration, -dims))) for c in part])
                 for _, dims, configuration in settings
             ],
-            "notes": [
-                f"{dataset}: {task}, {split}, `{metric}`" for task, dataset, split, metric in part
-            ],
-            "intervals": any(result.low is not None for result in shown),
+            "notes": list(_notes(part)),
+            "intervals": any(result.delta_low is not None for result in shown),
         }
 
 
-def _cell(result: Result | None) -> str:
+def _notes(columns: Sequence[tuple[str, str, str, str]]) -> Iterator[str]:
+    """What the columns of a table are, those of one kind in one line."""
+    kinds: dict[tuple[str, str, str], list[str]] = {}
+    for task, dataset, split, metric in columns:
+        kinds.setdefault((task, split, metric), []).append(dataset)
+    for (task, split, metric), datasets in kinds.items():
+        names = "all columns" if len(kinds) == 1 < len(datasets) else ", ".join(datasets)
+        yield f"{names}: {task}, {split}, {_code(metric)}"
+
+
+def _cell(result: Score | None) -> str:
     if result is None:
         return ""
     text = f"{100 * result.score:.2f}"
     if result.delta is not None and result.configuration != "raw":
         interval = (
             ""
-            if result.low is None or result.high is None
-            else f", {100 * result.low:+.2f} to {100 * result.high:+.2f}"
+            if result.delta_low is None or result.delta_high is None
+            else f", {100 * result.delta_low:+.2f} to {100 * result.delta_high:+.2f}"
         )
         text += f" ({100 * result.delta:+.2f}{interval})"
     return text
@@ -485,6 +496,7 @@ def _build_command(facts: CardFacts, repo_id: str | None) -> str:
         ("--keep", str(facts.keep)),
         ("--band", None if facts.band == "bulk" else facts.band),
         ("--prompt", _prompt_option(facts.prompt)),
+        ("--prompt-encoding", "exact" if _is_exact(facts.prompt) else None),
         ("--pooling", None if facts.prompt or facts.pooling == "mean" else facts.pooling),
         (
             "--max-seq-length",
@@ -501,14 +513,23 @@ def _build_command(facts: CardFacts, repo_id: str | None) -> str:
     return " \\\n  ".join([" ".join(words[:3]), *words[3:]])
 
 
+def _is_exact(prompt: Mapping[str, Any] | None) -> bool:
+    return prompt is not None and prompt.get("encoding") == "exact"
+
+
 def _prompt_option(prompt: Mapping[str, Any] | None) -> str | None:
-    for key in ("name", "recipe"):
-        if prompt and isinstance(prompt.get(key), str):
-            return str(prompt[key])
-    return None
+    """What `--prompt` takes: the template of a recipe that has one slot, else its name."""
+    if not prompt:
+        return None
+    template = prompt.get("template")
+    if isinstance(template, str) and template.count("{text}") == 1:
+        return template
+    return str(prompt.get("recipe"))
 
 
-def _pooling_mode(files: Mapping[str, bytes], folder: str) -> str:
+def _pooling_mode(files: Mapping[str, bytes], kind: str, folder: str) -> str:
+    if not kind.startswith(_PLAIN):
+        return kind.rpartition(".")[2]
     config = _read_json(files, f"{folder}/config.json", dict)
     modes = [name for key, name in _POOLING_NAMES.items() if config.get(key) is True]
     mode = config.get("pooling_mode")

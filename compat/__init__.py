@@ -1,0 +1,1 @@
+"""Proof that a portable folder loads everywhere: `make compat`."""

@@ -1,0 +1,311 @@
+"""Loads one saved folder through other libraries and compares the embeddings: `make compat`.
+
+Creates a small environment for each set of requirements (minutes and about 1.5 GB each, once), runs
+`check.py` in it, compares with the embeddings that this project gives, and writes the table of
+docs/compatibility.md. With --remove no environment outlives its check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import st_embfilter
+from compat import rules
+
+ROOT = Path(__file__).parents[1]
+DEMO_LM = ROOT / "examples" / "openstax-lm"
+PAGE = ROOT / "docs" / "compatibility.md"
+CHECK = ROOT / "compat" / "check.py"
+TOLERANCE = 1e-5
+
+TEXTS = [
+    "The glacier retreats.",
+    "A hot cup of tea helps me wake up in the morning, long before anybody else is awake.",
+    "Interest rates went up again last week, which makes loans for small companies dearer.",
+    "Photosynthesis turns light into sugar.",
+    'She said: "no".',
+    "Naïve café, 東京, Ελλάδα, 🙂.",
+    "One",
+    "The court ruled that the contract was void.",
+    "A vaccine trains the immune system without the disease.",
+    "The moon's gravity pulls the tides.",
+    "Supply and demand set the price of wheat.",
+    "ten words and more " * 200 + "end",
+]
+
+# What each saved folder is built with.
+FOLDERS: dict[str, dict[str, Any]] = {
+    "plain": {"keep": 0.5},
+    "last token, unit length": {"keep": 0.25, "pooling": "lasttoken", "normalize": True},
+}
+
+INTEGRATIONS = (
+    "sentence-transformers==6.2.0",
+    "langchain-huggingface",
+    "llama-index-embeddings-huggingface",
+    "haystack-ai",
+    "sentence-transformers-haystack",
+    "chromadb",
+    "txtai",
+    "bertopic",
+)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One way to load a folder: what to install, and which check to run there."""
+
+    name: str
+    package: str
+    environment: str
+    requirements: tuple[str, ...]
+    note: str = ""
+
+
+def plain(version: str, transformers: str) -> Stack:
+    """Sentence-transformers itself, with a transformers of its time."""
+    requirements = (f"sentence-transformers=={version}", f"transformers=={transformers}")
+    name = "sentence-transformers"
+    return Stack(name, name, f"st-{version}", requirements, "also with `truncate_dim`")
+
+
+def through(name: str, package: str, note: str = "") -> Stack:
+    """A library on top of it; these agree on their requirements and share an environment."""
+    return Stack(name, package, "integrations", INTEGRATIONS, note)
+
+
+STACKS = (
+    plain("3.1.1", "4.45.2"),
+    plain("4.1.0", "4.51.3"),
+    plain("5.3.0", "4.57.6"),
+    plain("5.7.0", "5.23.0"),
+    plain("6.2.0", "5.23.0"),
+    through("LangChain", "langchain-huggingface", "`HuggingFaceEmbeddings`"),
+    through("LlamaIndex", "llama-index-embeddings-huggingface", "`HuggingFaceEmbedding`"),
+    through("Haystack", "haystack-ai", "`SentenceTransformersDocumentEmbedder`, `...TextEmbedder`"),
+    through("Chroma", "chromadb", "`SentenceTransformerEmbeddingFunction`, through a collection"),
+    through("txtai", "txtai", '`Embeddings(method="sentence-transformers")`'),
+    through("BERTopic", "bertopic", "`BERTopic(embedding_model=...)`"),
+)
+
+SERVERS = (
+    ("text-embeddings-inference", "1.9.3", rules.text_embeddings_inference),
+    ("vLLM", "0.29 to 0.33", rules.vllm),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the table."""
+
+    stack: Stack
+    versions: dict[str, str]
+    difference: float | None
+    normalizes: bool
+    problem: str | None
+
+
+def main() -> int:
+    """Runs everything; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--environments", type=Path, default=ROOT / ".compat")
+    parser.add_argument("--remove", action="store_true", help="remove environments after use")
+    arguments = parser.parse_args()
+    outcomes = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folders, expected = build(Path(temporary))
+        for i, stack in enumerate(STACKS):
+            environment = arguments.environments.absolute() / stack.environment
+            outcomes.append(run(stack, environment, folders, expected))
+            last = all(later.environment != stack.environment for later in STACKS[i + 1 :])
+            if arguments.remove and last:
+                shutil.rmtree(environment, ignore_errors=True)
+            print(json.dumps(line(outcomes[-1])), flush=True)
+        served = [by_rule(name, version, rule, folders) for name, version, rule in SERVERS]
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(outcomes, served), encoding="utf-8")
+    print(f"Wrote {PAGE.relative_to(ROOT)}")
+    return int(any(outcome.problem for outcome in outcomes) or any(p for *_, p in served))
+
+
+def build(place: Path) -> tuple[dict[str, Path], dict[str, np.ndarray]]:
+    """Saves the folders and encodes the texts with them, as this project does."""
+    (place / "texts.json").write_text(json.dumps(TEXTS))
+    folders, expected = {}, {}
+    for i, (name, options) in enumerate(FOLDERS.items()):
+        model = st_embfilter.from_causal_lm(
+            DEMO_LM, device="cpu", show_progress_bar=False, **options
+        )
+        folders[name] = st_embfilter.save_pretrained(model, place / f"model-{i}")
+        ours = st_embfilter.load(folders[name], device="cpu")
+        expected[name] = ours.encode(TEXTS).astype(np.float64)
+    return folders, expected
+
+
+def run(
+    stack: Stack, environment: Path, folders: dict[str, Path], expected: dict[str, np.ndarray]
+) -> Outcome:
+    """Installs what a stack needs, runs its check on every folder, compares."""
+    try:
+        python = prepare(environment, stack.requirements)
+        worst, normalizes, versions = 0.0, False, {}
+        for name, folder in folders.items():
+            output = folder.parent / "embeddings.npz"
+            texts = folder.parent / "texts.json"
+            command = [python, "-I", CHECK, stack.name, stack.package, folder, texts, output]
+            versions = json.loads(call(command, cwd=folder.parent).splitlines()[-1])["versions"]
+            with np.load(output) as parts:
+                for part in parts.values():
+                    error, unit = difference(part, expected[name])
+                    worst, normalizes = max(worst, error), normalizes or unit
+    except (RuntimeError, ValueError) as error:
+        return Outcome(stack, {}, None, False, str(error))
+    problem = None if worst <= TOLERANCE else f"differs by {worst:.1e}"
+    return Outcome(stack, versions, worst, normalizes, problem)
+
+
+def difference(theirs: np.ndarray, ours: np.ndarray) -> tuple[float, bool]:
+    """Largest difference of an entry, and whether they scaled to unit length, as cosines allow.
+
+    Raises:
+        ValueError: If they have another number of texts or more dimensions.
+    """
+    if len(theirs) != len(ours) or theirs.shape[1] not in (ours.shape[1], ours.shape[1] // 2):
+        raise ValueError(f"got embeddings of shape {theirs.shape}, not {ours.shape}")
+    ours = ours[:, : theirs.shape[1]]
+    unit = ours / np.linalg.norm(ours, axis=1, keepdims=True)
+    scaled = bool(
+        np.allclose(np.linalg.norm(theirs, axis=1), 1, atol=1e-4) and not np.allclose(ours, unit)
+    )
+    return float(np.abs(theirs - (unit if scaled else ours)).max()), scaled
+
+
+def prepare(environment: Path, requirements: tuple[str, ...]) -> Path:
+    """An environment with these requirements and nothing else; kept for the next run."""
+    python = environment / "bin" / "python"
+    stamp = environment / "requirements.txt"
+    wanted = "\n".join(requirements)
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return python
+    shutil.rmtree(environment, ignore_errors=True)
+    venv.create(environment, with_pip=True)
+    # The constraints keep pip from a build of torch with CUDA, gigabytes that no check needs.
+    constraints = ROOT / "constraints.txt"
+    call([python, "-m", "pip", "install", "-q", "-c", constraints, *requirements])
+    stamp.write_text(wanted)
+    return python
+
+
+def call(command: list[Any], **options: Any) -> str:
+    """Standard output of a command.
+
+    Raises:
+        RuntimeError: With the last line of what it said, if it failed.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        **options,
+    )
+    if done.returncode:
+        said = [text for text in (done.stderr + done.stdout).splitlines() if text.strip()]
+        raise RuntimeError(said[-1].strip() if said else f"exit code {done.returncode}")
+    return done.stdout
+
+
+def by_rule(
+    name: str, version: str, rule: Any, folders: dict[str, Path]
+) -> tuple[str, str, str | None]:
+    """What a server's parsing rules say about the folders: name, version, problem."""
+    for kind, folder in folders.items():
+        options = FOLDERS[kind]
+        try:
+            served = rule(folder)
+        except rules.RuleError as error:
+            return name, version, str(error)
+        wanted = rules.Served(options.get("pooling", "mean"), 256, int(256 * options["keep"]), 512)
+        if served != wanted:
+            return name, version, f"{served} instead of {wanted}"
+    return name, version, None
+
+
+def line(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as one JSON line."""
+    return {
+        "stack": outcome.stack.name,
+        "versions": outcome.versions,
+        "difference": outcome.difference,
+        "problem": outcome.problem,
+    }
+
+
+def page(outcomes: list[Outcome], served: list[tuple[str, str, str | None]]) -> str:
+    """The text of docs/compatibility.md."""
+    rows = []
+    for outcome in outcomes:
+        stack, versions = outcome.stack, outcome.versions
+        wanted = dict(text.split("==") for text in stack.requirements if "==" in text)
+        own = versions.get(stack.package) or wanted.get(stack.package, "")
+        result = "same embeddings" if outcome.problem is None else f"**no**: {outcome.problem}"
+        if outcome.normalizes and outcome.problem is None:
+            result = "same cosines (it scales to unit length)"
+        gap = "" if outcome.difference is None else f"{outcome.difference:.1g}"
+        base = versions.get("sentence-transformers", "")
+        with_ = f"transformers {versions.get('transformers', wanted.get('transformers', ''))}"
+        if stack.package != "sentence-transformers":
+            with_ = f"sentence-transformers {base}, {with_}"
+        rows.append(f"| {stack.name} {own} | {with_} | {stack.note} | {gap} | {result} |")
+    checked = [
+        f"| {name} {version} | "
+        + ("keeps the rules" if problem is None else f"**no**: {problem}")
+        + " |"
+        for name, version, problem in served
+    ]
+    torch = next((o.versions["torch"] for o in outcomes if "torch" in o.versions), "unknown")
+    return f"""# Where a saved model loads
+
+Written by `make compat`. Folders saved by `save_pretrained` ({"; ".join(FOLDERS)}) are
+loaded in environments that have nothing of this project installed, {len(TEXTS)} texts are embedded,
+and the embeddings are compared with those that this project gives. Tolerance: {TOLERANCE:g} in
+every entry.
+
+| loaded through | with | how | largest difference | result |
+|-|-|-|-:|-|
+{chr(10).join(rows)}
+
+All with torch {torch} on a CPU.
+
+## Checked by rule, not run
+
+These servers need a GPU or another toolchain. Their published parsers were turned into rules
+(`compat/rules.py`), and the folders keep them: the pooling is the model's, the projection is
+applied and linear, texts are cut where they should be. Whether a server runs the backbone itself
+(its architecture, its device, the names of its tensors) is not part of this check.
+
+| server | result |
+|-|-|
+{chr(10).join(checked)}
+
+They differ in unit length: text-embeddings-inference scales unless a request says
+`"normalize": false`, vLLM scales if the folder has `Normalize`.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
