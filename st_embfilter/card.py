@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -27,6 +27,8 @@ from st_embfilter.metadata import METADATA_FILE, FilterMetadata
 
 if TYPE_CHECKING:
     from jinja2 import Template
+
+Form = Literal["portable", "plugin", "package"]
 
 CARD_FILE: Final = "README.md"
 RESULTS_FILE: Final = "results.jsonl"
@@ -143,7 +145,8 @@ class CardFacts:
         pooling: Mode of `Pooling`.
         normalized: Whether embeddings have unit length.
         max_seq_length: Longest text in tokens.
-        portable: Whether plain sentence-transformers loads the model with no custom code.
+        form: "portable" (no custom code), "plugin" (code of its own in the folder) or "package"
+            (needs this package: what sentence-transformers saves by itself).
         inherited: Licence and languages of the base model.
         results: Scores, measured or reported.
     """
@@ -165,7 +168,7 @@ class CardFacts:
     pooling: str = "mean"
     normalized: bool = False
     max_seq_length: int | None = None
-    portable: bool = True
+    form: Form = "portable"
     inherited: Mapping[str, Any] = field(default_factory=dict)
     results: tuple[Score, ...] = ()
 
@@ -218,7 +221,7 @@ def facts_of_files(
         pooling="mean" if pooling is None else _pooling_mode(files, *pooling),
         normalized=any(kind.endswith("Normalize") for kind in types),
         max_seq_length=length if isinstance(length, int) else None,
-        portable=all(kind.startswith(_PLAIN) for kind in types),
+        form=_form(types),
         inherited=inherited(base_card),
         results=tuple(results),
     )
@@ -525,6 +528,13 @@ def _prompt_option(prompt: Mapping[str, Any] | None) -> str | None:
     if isinstance(template, str) and template.count("{text}") == 1:
         return template
     return str(prompt.get("recipe"))
+
+
+def _form(types: Iterable[str]) -> Form:
+    custom = [kind for kind in types if not kind.startswith(_PLAIN)]
+    if any(kind.startswith("st_embfilter.") for kind in custom):
+        return "package"
+    return "plugin" if custom else "portable"
 
 
 def _pooling_mode(files: Mapping[str, bytes], kind: str, folder: str) -> str:

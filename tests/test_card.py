@@ -1,0 +1,369 @@
+"""Model cards: what they say, what they inherit, what the Hub would refuse."""
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+import st_embfilter
+from model_cards.render import FOLDER as CARDS
+from model_cards.render import PAPER_MODELS, cards
+from st_embfilter.card import (
+    CardFacts,
+    Score,
+    base_card,
+    card_of_folder,
+    check_card,
+    inherited,
+    read_results,
+    render,
+    write_card,
+)
+from st_embfilter.cli.app import app
+from st_embfilter.errors import FormatError
+from st_embfilter.publish import portable_files
+from tests.conftest import DEMO_LM, MakeLM, same
+
+GOLDEN = Path(__file__).parent / "golden"
+
+BASE = """---
+license: other
+license_name: some-licence
+license_link: LICENSE
+language: [en, de, "no", english, 3]
+tags: [llama]
+---
+# A base model
+"""
+
+FACTS = CardFacts(
+    base_model="org/base-1B",
+    d=64,
+    k=32,
+    band="offset:8",
+    start=8,
+    keep=32,
+    revision="0123456789abcdef0123456789abcdef01234567",
+    tensor="lm_head.weight",
+    vocabulary=1000,
+    dtype="bfloat16",
+    sha256="ab" * 32,
+    prompt={"recipe": "metaeol", "templates": ['In one word: "{text}"', "Keyword of `{text}`:"]},
+    pooling="lasttoken",
+    normalized=True,
+    max_seq_length=128,
+    form="plugin",
+    inherited=inherited(BASE),
+    results=(
+        Score("STS12", "STS 12", "test", "cosine_spearman", 64, 0.5, "raw"),
+        Score(
+            "STS12", "STS 12", "test", "cosine_spearman", 32, 0.6251, "offset:8", 0.1251, 0.1, 0.15
+        ),
+        Score("STS12", "STS 12", "test", "cosine_spearman", 16, 0.45, "offset:8", -0.05),
+        Score("STS12", "STS 12", "test", "cosine_spearman", 48, 0.99, "offset:8"),
+        Score("STS12", "STS 12", "test", "cosine_spearman", 32, 0.99, "whiten"),
+        Score("Banking", "Banking", "test", "accuracy", 32, 0.7, "offset:8", command="measure it"),
+        Score("Other", "Other", "dev", "ap", 32, 0.1, "offset:8", source="a paper"),
+    ),
+)
+
+
+def cli(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, re.sub(r"\s+", " ", result.output)
+
+
+# Rendering ---------------------------------------------------------------------------------------
+
+
+def test_a_card_with_everything() -> None:
+    text = render(FACTS, repo_id="me/filtered")
+    assert text == (GOLDEN / "card.md").read_text(encoding="utf-8")
+    check_card(text)
+
+
+def test_published_cards_are_rendered_from_their_sources() -> None:
+    rendered = cards()
+    assert {path.name for path in CARDS.glob("*.md")} == set(rendered)
+    for name, text in rendered.items():
+        assert text == (CARDS / name).read_text(encoding="utf-8"), f"{name}: run make model-cards"
+        check_card(text)
+
+
+def test_reported_figures_are_said_to_be_and_are_not_metadata() -> None:
+    for facts in PAPER_MODELS:
+        text = render(facts)
+        assert "**Reported in the paper** (arXiv 2606.07502)" in text
+        assert "Measured" not in text
+        assert "sha256" not in text
+        assert ModelCard(text).data.eval_results is None
+        averages = [s.score for s in facts.results if s.dataset == "All (49)"]
+        for average in averages:
+            assert f"{100 * average:.2f}" in text
+
+
+def test_metadata_and_table_give_the_same_figures() -> None:
+    text = render(FACTS)
+    scores = ModelCard(text).data.eval_results
+    assert {(s.dataset_name, s.metric_type, s.metric_value) for s in scores} == {
+        ("STS 12", "cosine_spearman", 62.51),
+        ("STS 12", "cosine_spearman", 45.0),
+        ("Banking", "accuracy", 70.0),
+    }
+    for score in scores:
+        assert f" {score.metric_value:.2f} " in text
+
+
+def test_long_tables_are_cut_into_parts() -> None:
+    scores = [Score("T", f"set {i}", "test", "ap", 32, i / 100, "offset:8") for i in range(19)]
+    text = render(replace(FACTS, results=tuple(scores)))
+    heads = [line for line in text.splitlines() if line.startswith("| | dimensions")]
+    assert [head.count("set ") for head in heads] == [8, 8, 3]
+
+
+def test_nothing_is_made_up_about_an_unknown_base() -> None:
+    facts = CardFacts(base_model=None, d=8, k=1, band="random:7", start=None, keep=1, on_hub=False)
+    text = render(facts)
+    check_card(text)
+    data = ModelCard(text).data.to_dict()
+    assert not {"license", "language", "base_model", "base_model_relation"} & set(data)
+    assert "None" not in text.replace("None yet", "")
+    assert "its card was not at hand" in text
+
+
+def test_backticks_in_a_template_stay_in_their_code() -> None:
+    text = render(replace(FACTS, prompt={"recipe": "prompteol", "template": "`a` ``{text}``"}))
+    assert "- template: ``` `a` ``{text}`` ```" in text
+
+
+def test_the_exact_encoding_names_the_version_it_needs() -> None:
+    prompt = {"recipe": "prompteol", "template": "{text}:", "encoding": "exact"}
+    text = render(replace(FACTS, form="portable", prompt=prompt))
+    assert "version 5.6 or later" in text
+    assert "--prompt-encoding exact" in text
+    assert "5.6" not in render(replace(FACTS, form="portable"))
+
+
+# What it says is true ----------------------------------------------------------------------------
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+def test_the_usage_runs_as_written(saved_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = card_of_folder(saved_demo, repo_id=str(saved_demo))
+    names: dict[str, Any] = {}
+    exec(blocks(text, "python")[0], names)
+    assert "(2, 128)" in capsys.readouterr().out
+    full = names["embeddings"]
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+)% \| (\d+) MB \| .*?truncate_dim=(\d+)", text, re.M)
+    assert [row[0] for row in rows] == ["64", "32"]
+    for dims, share, megabytes, cut in rows:
+        model = names["SentenceTransformer"](str(saved_demo), device="cpu", truncate_dim=int(cut))
+        embeddings = model.encode(["The cat sat on the mat."])
+        assert embeddings.shape == (1, int(dims))
+        assert same(embeddings, full[:1, : int(cut)], 1e-5)
+        assert float(share) == 100 * int(dims) / 256
+        assert int(megabytes) == embeddings.nbytes  # of a million, in millions
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"keep": 10, "pooling": "lasttoken", "normalize": True, "max_seq_length": 9},
+        {"keep": 0.25, "band": "offset:3"},
+        {"band": "random:7"},
+    ],
+)
+def test_the_build_command_builds_the_same_model(
+    options: dict[str, Any], make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = make_lm()
+    monkeypatch.chdir(folder.parent)  # where the base model's name is its folder
+    model = st_embfilter.from_causal_lm("lm", device="cpu", **options)
+    files = portable_files(model)
+    command = blocks(files["README.md"].decode(), "shell")[0]
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[0] == "st-embfilter"
+    assert cli(*words[1:])[0] == 0
+    for name, content in files.items():
+        assert (tmp_path / "lm-embfilter" / name).read_bytes() == content, name
+
+
+# What it inherits --------------------------------------------------------------------------------
+
+
+def test_licence_and_languages_come_from_the_base_model(make_lm: MakeLM, tmp_path: Path) -> None:
+    folder, _ = make_lm()
+    (folder / "README.md").write_text(BASE)
+    model = st_embfilter.from_causal_lm(folder, device="cpu")
+    data = ModelCard.load(
+        st_embfilter.save_pretrained(model, tmp_path / "saved") / "README.md"
+    ).data
+    assert (data.license, data.license_name, data.license_link) == (
+        "other",
+        "some-licence",
+        "LICENSE",
+    )
+    assert data.language == ["en", "de", "no"]
+    assert "llama" not in data.tags
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        None,
+        "",
+        "# no metadata",
+        "---\n: [\n---\n",
+        "---\n- a list\n---\n",
+        "---\nlicense: 3\n---\n",
+    ],
+)
+def test_nothing_is_inherited_from_a_card_that_says_nothing(card: str | None) -> None:
+    assert inherited(card) == {}
+
+
+def test_the_card_of_a_cached_base_model_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0" * 40
+    repository = tmp_path / "models--org--base"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "README.md").write_text(BASE)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert base_card("org/base", commit) == BASE
+    for name in ("org/other", "no folder/and/no id", ""):
+        assert base_card(name, commit) is None
+
+
+# Checks ------------------------------------------------------------------------------------------
+
+
+def changed(**values: Any) -> str:
+    card = ModelCard(render(FACTS))
+    for key, value in values.items():
+        card.data[key] = value
+    return str(card)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# no metadata\n", "no YAML metadata"),
+        ("---\n: [\n---\n", "no YAML metadata"),
+        (changed(library_name="keras"), "library_name 'keras' instead of 'sentence-transformers'"),
+        (changed(pipeline_tag="text-generation"), "pipeline_tag 'text-generation'"),
+        (changed(tags=["x"]), "tags without sentence-transformers, embedfilter"),
+        (changed(language=["english"]), "language 'english', which is no ISO 639 code"),
+        (changed(license=3), "license 3, which is no identifier"),
+        (changed(license="other", license_name=None), "license 'other' without license_name"),
+        (changed(base_model="a/b/c"), "base_model 'a/b/c', which is no Hub id"),
+        (changed(base_model_relation="child"), "base_model_relation 'child'"),
+        (render(FACTS) + "hf_" + "a" * 34, "a Hub token"),
+        (
+            re.sub(r"    dataset:\n(      .*\n)+", "", render(FACTS)),
+            "metadata that huggingface_hub refuses",
+        ),
+    ],
+)
+def test_what_the_hub_would_refuse(text: str, message: str) -> None:
+    with pytest.raises(FormatError, match=re.escape(message)):
+        check_card(text)
+
+
+ROW = {
+    "task": "STS12",
+    "dataset": "STS 12",
+    "split": "test",
+    "metric": "ap",
+    "dims": 8,
+    "score": 0.5,
+    "configuration": "bulk",
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "results.jsonl line 2: must be JSON"),
+        ("[]", "results.jsonl line 2: must be an object"),
+        (json.dumps({**ROW, "dims": "8"}), "line 2: a result needs a valid 'dims', got '8'"),
+        (json.dumps({**ROW, "dims": True}), "line 2: a result needs a valid 'dims', got True"),
+        (json.dumps({**ROW, "delta": "x"}), "line 2: a result needs a valid 'delta', got 'x'"),
+        (json.dumps({**ROW, "score": 54.6}), "a score must be in [-1, 1], got 54.6"),
+        (json.dumps({**ROW, "score": float("nan")}), "a score must be in [-1, 1], got nan"),
+        (json.dumps(dict(list(ROW.items())[1:])), "a result needs a valid 'task', got None"),
+    ],
+)
+def test_malformed_results_name_their_line(line: str, message: str) -> None:
+    good = json.dumps({**ROW, "units": 7, "delta": None})
+    assert read_results(f"{good}\n\n")[0].score == 0.5
+    with pytest.raises(FormatError, match=re.escape(message)):
+        read_results(f"{good}\n{line}\n")
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+def test_rendering_again_takes_up_results_and_keeps_the_licence(
+    make_lm: MakeLM, tmp_path: Path
+) -> None:
+    folder, _ = make_lm()
+    (folder / "README.md").write_text(BASE)
+    saved = st_embfilter.save_pretrained(
+        st_embfilter.from_causal_lm(folder, device="cpu"), tmp_path / "saved"
+    )
+    before = (saved / "README.md").read_bytes()
+    assert write_card(saved).read_bytes() == before
+    (saved / "results.jsonl").write_text(json.dumps({**ROW, "score": 0.4321}) + "\n")
+    code, output = cli("card", saved, "--repo-id", "me/filtered")
+    assert (code, output.startswith("Wrote ")) == (0, True)
+    text = (saved / "README.md").read_text(encoding="utf-8")
+    assert 'SentenceTransformer("me/filtered")' in text
+    assert "| bulk | 8 | 43.21 |" in text
+    assert ModelCard(text).data.license_name == "some-licence"
+    assert not list(saved.glob(".*"))
+
+
+def test_rendering_the_form_that_sentence_transformers_saves(
+    make_lm: MakeLM, tmp_path: Path
+) -> None:
+    folder, _ = make_lm()
+    model = st_embfilter.from_causal_lm(folder, device="cpu", pooling="lasttoken")
+    model.save_pretrained(str(tmp_path / "theirs"))
+    text = write_card(tmp_path / "theirs").read_text(encoding="utf-8")
+    assert "trust_remote_code=True" in text
+    assert "needs the package `st-embfilter`" in text
+    assert "| Pooling | `lasttoken` |" in text
+    assert "32 to 16 dimensions" in text
+
+
+def test_errors_leave_the_card_as_it_is(saved_demo: Path, tmp_path: Path) -> None:
+    for folder, message in ((DEMO_LM, "must hold embfilter.json"), (tmp_path, "got 0 files")):
+        before = sorted(folder.rglob("*"))
+        code, output = cli("card", folder)
+        assert code == 1
+        assert message in output
+        assert sorted(folder.rglob("*")) == before
+    results = saved_demo / "results.jsonl"
+    card = (saved_demo / "README.md").read_bytes()
+    results.write_text("{")
+    try:
+        assert cli("card", saved_demo)[0] == 1
+    finally:
+        results.unlink()
+    assert (saved_demo / "README.md").read_bytes() == card
+    assert np.all(
+        np.isfinite(st_embfilter.load(saved_demo, device="cpu").encode(["still a model"]))
+    )
