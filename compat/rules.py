@@ -78,9 +78,9 @@ def text_embeddings_inference(folder: Path) -> Served:
         for key in ("name", "path", "type"):
             typed(module, key, str, "modules.json")
     allowed = [f"sentence_transformers.models.{name}" for name in MODULES]
-    dense = dense_path(modules, allowed, allowed[2])
+    dense = dense_path(modules, allowed)
     shape = dense_config(folder, dense)
-    if read(folder, f"{dense}/config.json", dict)["activation_function"] not in (IDENTITY,):
+    if read(folder, f"{dense}/config.json", dict)["activation_function"] != IDENTITY:
         fail("the activation must be Identity; Tanh is the only other one known", dense)
     check_weights(folder, dense, shape, ("linear.weight",))
     return Served(known[mode], *shape, limit)
@@ -90,13 +90,10 @@ def vllm(folder: Path) -> Served:
     """The folder as vLLM reads it."""
     modules = read(folder, "modules.json", list)
     allowed = [f"sentence_transformers.models.{name}" for name in MODULES]
-    dense = dense_path(modules, allowed, allowed[2])
-    pooling = [module for module in modules if module["type"] == allowed[1]]
-    if len(pooling) != 1:
-        fail("modules.json: the first Pooling counts, so there must be one", len(pooling))
+    dense = dense_path(modules, allowed)
 
     # Every key with the value true names a pooling, up to its first underscore.
-    pooling_file = f"{typed(pooling[0], 'path', str, 'modules.json')}/config.json"
+    pooling_file = f"{typed(modules[1], 'path', str, 'modules.json')}/config.json"
     mode = only_mode(read(folder, pooling_file, dict), pooling_file)
     parsed = "last" if "lasttoken" in mode else mode.removeprefix("pooling_mode_").split("_")[0]
     if parsed not in ("cls", "last", "mean") or "sqrt" in mode:
@@ -121,14 +118,12 @@ def vllm(folder: Path) -> Served:
 MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 
 
-def dense_path(modules: list[Any], allowed: list[str], dense: str) -> str:
+def dense_path(modules: list[Any], allowed: list[str]) -> str:
     """The folder of the one projection, after the backbone and the pooling."""
     types = [module.get("type") if isinstance(module, dict) else None for module in modules]
     if types not in (allowed, allowed[:3]):
         fail(f"modules.json: types must be {' > '.join(allowed)}, the last optional", types)
-    path = next(module.get("path") for module in modules if module["type"] == dense)
-    if not isinstance(path, str) or not path:
-        fail("modules.json: Dense must have a folder of its own", path)
+    path: str = typed(modules[2], "path", str, "modules.json")
     return path
 
 

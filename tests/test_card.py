@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
-import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
@@ -235,7 +234,7 @@ def test_nothing_is_inherited_from_a_card_that_says_nothing(card: str | None) ->
 
 
 def test_the_card_of_a_cached_base_model_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = "0" * 40
     repository = tmp_path / "models--org--base"
@@ -245,6 +244,13 @@ def test_the_card_of_a_cached_base_model_is_found(
     assert base_card("org/base", commit) == BASE
     for name in ("org/other", "no folder/and/no id", ""):
         assert base_card(name, commit) is None
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    metadata = json.loads((saved_demo / "embfilter.json").read_text())
+    metadata["base_model"] = {"id": "org/base", "revision": commit}
+    (saved / "embfilter.json").write_text(json.dumps(metadata))
+    data = ModelCard(card_of_folder(saved)).data
+    assert (data.base_model, data.license_name) == ("org/base", "some-licence")
 
 
 # Checks ------------------------------------------------------------------------------------------
@@ -358,9 +364,14 @@ def test_errors_leave_the_card_as_it_is(saved_demo: Path, tmp_path: Path) -> Non
         assert sorted(folder.rglob("*")) == before
     results = saved_demo / "results.jsonl"
     card = (saved_demo / "README.md").read_bytes()
-    results.write_text("{")
+    secret = {**ROW, "dataset": "hf_" + "x" * 34}
     try:
-        assert cli("card", saved_demo)[0] == 1
+        for line, message in (("{", "line 1: must be JSON"), (json.dumps(secret), "a Hub token")):
+            results.write_text(line)
+            code, output = cli("card", saved_demo)
+            assert code == 1
+            assert message in output
+            assert "xxxxxx" not in output
     finally:
         results.unlink()
     assert (saved_demo / "README.md").read_bytes() == card

@@ -199,6 +199,9 @@ MUTATIONS: list[tuple[str, tuple[str, ...], Mutation]] = [
         BOTH[:1],
         put("config_sentence_transformers.json", "prompts", to={"query": None}),
     ),
+    ("prompts in a list", BOTH[:1], edit("config_sentence_transformers.json", lambda _: [])),
+    ("negative limit", BOTH, put("sentence_bert_config.json", "max_seq_length", to=-1)),
+    ("architectures of no name", BOTH[:1], put("config.json", "architectures", to=[])),
     ("no padding token", BOTH[:1], put("config.json", "pad_token_id", to=None)),
     ("no architecture", BOTH[:1], drop("config.json", "architectures")),
     (
