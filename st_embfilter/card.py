@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Form = Literal["portable", "plugin", "package"]
 
 CARD_FILE: Final = "README.md"
+MODULES_FILE: Final = "modules.json"
 RESULTS_FILE: Final = "results.jsonl"
 
 #: Metadata that a derived model takes over from its base model, and never makes up.
@@ -199,8 +200,7 @@ def facts_of_files(
         )
     metadata = FilterMetadata.from_json(files[min(found, key=len)].decode())
     source, band = metadata.provenance, metadata.band
-    modules = _read_json(files, "modules.json", list)
-    types = {str(module.get("type")): str(module.get("path")) for module in modules}
+    types = _modules(files)
     pooling = next((pair for pair in types.items() if pair[0].endswith("Pooling")), None)
     length = _read_json(files, "sentence_bert_config.json", dict).get("max_seq_length")
     return CardFacts(
@@ -330,15 +330,15 @@ def card_of_folder(folder: str | os.PathLike[str], *, repo_id: str | None = None
         FormatError: If the folder holds no filtered model, or a file is malformed.
     """
     folder = Path(folder)
-    names = ["modules.json", "sentence_bert_config.json"]
-    names += [str(path.relative_to(folder).as_posix()) for path in folder.glob("*_*/config.json")]
-    for pattern in (METADATA_FILE, f"*/{METADATA_FILE}"):
-        names += [path.relative_to(folder).as_posix() for path in folder.glob(pattern)]
-    files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    files = _small_files(folder)
     results = folder / RESULTS_FILE
-    rows = read_results(results.read_text(encoding="utf-8")) if results.is_file() else ()
+    rows = (
+        read_results(results.read_text(encoding="utf-8", errors="replace"))
+        if results.is_file()
+        else ()
+    )
     own = folder / CARD_FILE
-    card = own.read_text(encoding="utf-8") if own.is_file() else None
+    card = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else None
     facts = facts_of_files(files, base_card=card, results=rows)
     if not facts.inherited and facts.on_hub:
         card = base_card(str(facts.base_model), facts.revision)
@@ -544,6 +544,32 @@ def _pooling_mode(files: Mapping[str, bytes], kind: str, folder: str) -> str:
     modes = [name for key, name in _POOLING_NAMES.items() if config.get(key) is True]
     mode = config.get("pooling_mode")
     return "+".join(modes) or (mode if isinstance(mode, str) else "mean")
+
+
+def _small_files(folder: Path) -> dict[str, bytes]:
+    """The files that `facts_of_files` reads, where the folder's own modules have them."""
+
+    def read(*names: str) -> dict[str, bytes]:
+        return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+    files = read(MODULES_FILE)
+    paths = _modules(files).values()
+    return files | read(
+        "sentence_bert_config.json",
+        *(f"{path}/{METADATA_FILE}".lstrip("/") for path in paths),
+        *(f"{path}/config.json" for path in paths if path),
+    )
+
+
+def _modules(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Folders of the modules by their types, in order."""
+    modules = _read_json(files, MODULES_FILE, list)
+    for module in modules:
+        if not isinstance(module, dict) or not all(
+            isinstance(module.get(key), str) for key in ("type", "path")
+        ):
+            raise FormatError(f"{MODULES_FILE}: a module needs a type and a path, got {module!r}")
+    return {module["type"]: module["path"] for module in modules}
 
 
 def _read_json(files: Mapping[str, bytes], name: str, kind: type) -> Any:
