@@ -42,7 +42,7 @@ class Stub(torch.nn.Module):
     """Stands for a SentenceTransformer whose vectors are planted; counts what it encodes."""
 
     max_seq_length = 512
-    prompts: dict[str, str] = {}
+    prompts = None
     default_prompt_name = None
     truncate_dim = None
     tokenizer = "none"
@@ -418,7 +418,9 @@ def test_search_on_noise_does_not_keep_its_promise() -> None:
     """The best of many windows on pure noise gains where it was chosen, and not elsewhere."""
     raw, rows = planted(pairs=400)
     rng = np.random.default_rng(5)
-    noise = sts([(a, b, rng.random()) for (a, _, _), (_, b, _) in zip(rows, rows[::-1], strict=True)])
+    noise = sts(
+        [(a, b, rng.random()) for (a, _, _), (_, b, _) in zip(rows, rows[::-1], strict=True)]
+    )
     found = search_window(raw, *([half] for half in noise.halves()), show_progress_bar=False)
     chosen = max(row.delta for row in found.scan)
     assert chosen > 0.03
