@@ -42,7 +42,7 @@ class Stub(torch.nn.Module):
     """Stands for a SentenceTransformer whose vectors are planted; counts what it encodes."""
 
     max_seq_length = 512
-    prompts: dict[str, str] = {}
+    prompts = None
     default_prompt_name = None
     truncate_dim = None
     tokenizer = "none"

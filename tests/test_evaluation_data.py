@@ -63,23 +63,23 @@ PAIRS_HEADER = "sentence1,sentence2,score\n"
 )
 def test_bad_pairs(tmp_path: Path, content: str, message: str) -> None:
     write(tmp_path, pairs__csv=content)
-    with pytest.raises(DataError, match="pairs.csv") as caught:
+    with pytest.raises(DataError, match=r"pairs.csv") as caught:
         STSTask.read(tmp_path / "pairs.csv")
     assert message in str(caught.value)
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="the file must exist, got .*none.csv"):
+    with pytest.raises(DataError, match=r"the file must exist, got .*none.csv"):
         STSTask.read(tmp_path / "none.csv")
     (tmp_path / "latin.csv").write_bytes("a,b,1\nd\xe9,e,2\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin.csv, line 2: must be UTF-8"):
         STSTask.read(tmp_path / "latin.csv")
     (tmp_path / "broken.csv.gz").write_bytes(gzip.compress(b"a,b,1\n" * 99)[:-9])
-    with pytest.raises(DataError, match="broken.csv.gz must be readable"):
+    with pytest.raises(DataError, match=r"broken.csv.gz must be readable"):
         STSTask.read(tmp_path / "broken.csv.gz")
     with pytest.raises(DataError, match=r"a table must be a .csv or .tsv file, got .*pairs.json"):
         STSTask.read(write(tmp_path, pairs__json="[]") / "pairs.json")
-    with pytest.raises(DataError, match="empty.txt must hold at least 1 texts, got 0"):
+    with pytest.raises(DataError, match=r"empty.txt must hold at least 1 texts, got 0"):
         read_texts(write(tmp_path, empty__txt="\n") / "empty.txt")
 
 
@@ -125,7 +125,7 @@ def test_bad_beir_folders(tmp_path: Path, file: str, content: str, message: str)
 
 def test_beir_folder_without_judgements(tmp_path: Path) -> None:
     write(tmp_path, **{k: v for k, v in GOOD.items() if "qrels" not in k})
-    with pytest.raises(DataError, match="must hold qrels/test.tsv or qrels-test.tsv or qrels.tsv"):
+    with pytest.raises(DataError, match=r"must hold qrels/test.tsv or qrels-test.tsv or qrels.tsv"):
         RetrievalTask.read(tmp_path)
 
 
@@ -163,7 +163,7 @@ def clustering(folder: Path) -> None:
             clustering,
             f"{HEADER}a,x\nb,x\n",
             "",
-            "train.csv must have at least two labels, got ['x'",
+            "train.csv must have at least two labels",
         ),
         (clustering, f"{HEADER}a,x\nb,x\nc,y\n", "", "train.csv, line 4: the label 'y' must have"),
     ],

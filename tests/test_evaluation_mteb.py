@@ -1,6 +1,7 @@
 """MTEB's tasks on local data: MTEB's number, ours, and that of a saved and reloaded model agree."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from sentence_transformers import SentenceTransformer
 
 import st_embfilter
 from st_embfilter.baselines import Configuration
-from st_embfilter.evaluation import Filtered, RawModel, raw_model
+from st_embfilter.errors import DataError
+from st_embfilter.evaluation import Filtered, RawModel, raw_model, sweep
 from st_embfilter.tasks import ClassificationTask, ClusteringTask, RetrievalTask, STSTask, TaskInfo
 from st_embfilter.vectors import VectorStore
 from tests.conftest import tiny_lm
@@ -22,7 +24,7 @@ with warnings.catch_warnings():
     from datasets import Dataset, DatasetDict
 
     from st_embfilter import tasks as local_tasks
-    from st_embfilter.mteb_tasks import MTEBTask
+    from st_embfilter.mteb_tasks import MTEBTask, mteb_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mteb, datasets and their dependencies
 
@@ -239,3 +241,34 @@ def test_local_tasks_give_the_score_of_mteb(
     theirs = MTEBTask(task, raw.model).run(encoder).score
     # MTEB rounds retrieval scores to five digits.
     assert mine.run(encoder).score == pytest.approx(theirs, abs=6e-6)
+
+
+def test_presets(raw: RawModel) -> None:
+    """The paper's columns: STS 10, classification 12, clustering 11, pairs 3, rerank 4, ..."""
+    tasks = mteb_tasks(raw.model, ["embedfilter-paper"])
+    assert Counter(task.info.task_type for task in tasks) == {
+        "STS": 10,
+        "Classification": 12,
+        "Clustering": 11,
+        "PairClassification": 3,
+        "Reranking": 4,
+        "Retrieval": 8,
+        "Summarization": 1,
+    }
+    quick = [task.info.task_type for task in mteb_tasks(raw.model, ["quick"])]
+    assert len(quick) == len(set(quick)) == 7
+    with pytest.raises(DataError, match="got 'NoSuchTask'"):
+        mteb_tasks(raw.model, ["NoSuchTask"])
+
+
+def test_a_task_of_mteb_in_a_sweep(raw: RawModel) -> None:
+    task = MTEBTask(ready(sts), raw.model)
+    rows = list(sweep(raw, [task], [BULK], resamples=50, show_progress_bar=False))
+    assert [(row.task, row.split, row.metric) for row in rows] == [
+        ("STSBenchmark", "test", "cosine_spearman")
+    ] * 2
+    assert rows[1].delta_low is not None
+    assert rows[1].delta_high is not None
+    assert rows[1].delta_low <= rows[1].delta <= rows[1].delta_high
+    assert rows[1].measured_by.startswith("mteb 2.")
+    assert task.task.data_loaded  # data that it was given are not its to free
