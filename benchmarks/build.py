@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_LM = REPOSITORY / "examples" / "openstax-lm"
-SHAPES = {
-    "qwen2.5-0.5b": ("qwen2", 151_936, 896),
-    "llama-3.1-8b": ("llama", 128_256, 4_096),
-    "small": ("llama", 32_000, 512),
+SHAPES = {"qwen2.5-0.5b": (151_936, 896), "llama-3.1-8b": (128_256, 4_096)}
+#: The two curves: rows at a fixed width, and widths at a fixed number of rows.
+GROWTH = {
+    "rows V": ["16384x512", "32768x512", "65536x512", "131072x512"],
+    "columns d": ["32768x256", "32768x512", "32768x1024", "32768x2048"],
 }
 METHODS = {
     "ours": "st_embfilter.build_filter",
@@ -38,15 +39,23 @@ METHODS = {
 }
 
 
+def size(shape: str) -> tuple[int, int]:
+    """(V, d) of a named shape, or of one like 32768x512."""
+    if shape in SHAPES:
+        return SHAPES[shape]
+    rows, _, d = shape.partition("x")
+    return int(rows), int(d)
+
+
 def checkpoint(shape: str, cache: Path) -> Path:
     """Writes config.json and the one tensor of a checkpoint; returns its folder."""
-    model_type, rows, d = SHAPES[shape]
+    rows, d = size(shape)
     folder = cache / shape
     if (folder / "model.safetensors").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     config = {
-        "model_type": model_type,
+        "model_type": "llama",
         "vocab_size": rows,
         "hidden_size": d,
         "num_attention_heads": d // 64,
@@ -78,6 +87,8 @@ def run(method: str, folder: Path) -> dict[str, float]:
     file = folder / "model.safetensors"
     name = "model.embed_tokens.weight"
     if method.startswith("ours"):
+        from transformers import LlamaForCausalLM  # noqa: F401 - an import, not work
+
         from st_embfilter.build import build_filter
     else:
         import scipy.linalg
@@ -102,7 +113,7 @@ def run(method: str, folder: Path) -> dict[str, float]:
     elif method == "multiply":
         from scipy.linalg import blas
 
-        _, rows, d = next(s for s in SHAPES.values() if s[2] == _width(folder))
+        rows, d = size(folder.name)
         block = torch.randn(4096, d).numpy()
         blas.ssyrk(1.0, block.T)
         once = time.perf_counter()
@@ -113,44 +124,63 @@ def run(method: str, folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "mib": (after - before) / 1024}
 
 
-def _width(folder: Path) -> int:
-    return int(json.loads((folder / "config.json").read_text())["hidden_size"])
+def best_of(method: str, folder: Path, repeat: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", method, str(folder)]
+    runs = [
+        json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        for _ in range(repeat)
+    ]
+    return min(runs, key=lambda result: result["seconds"])
+
+
+def compare(shape: str, methods: list[str], cache: Path, repeat: int) -> None:
+    folder = checkpoint(shape, cache)
+    rows, d = size(shape)
+    print(f"\n{shape}: W_U {rows:,} x {d:,} bfloat16, {torch.get_num_threads()} threads")
+    print(f"{'':58} {'seconds':>8} {'MiB':>7} {'time':>6} {'memory':>7}")
+    ours: dict[str, float] | None = None
+    for method in methods:
+        best = best_of(method, folder, repeat)
+        ours = ours or best
+        floor = method in ("read", "multiply")
+        memory = "" if floor else f"{best['mib']:7.0f} "
+        ratio = "" if floor else f"{best['mib'] / ours['mib']:6.1f}x"
+        print(
+            f"{METHODS[method]:58.58} {best['seconds']:8.2f} {memory:8}"
+            f"{best['seconds'] / ours['seconds']:5.2f}x {ratio}",
+            flush=True,
+        )
+
+
+def growth(cache: Path, repeat: int) -> None:
+    for name, shapes in GROWTH.items():
+        print(f"\nGrowth with the {name}")
+        times = [best_of("ours", checkpoint(shape, cache), repeat)["seconds"] for shape in shapes]
+        for i, (shape, seconds) in enumerate(zip(shapes, times, strict=True)):
+            step = "" if i == 0 else f"{seconds / times[i - 1]:5.2f}x the row above"
+            bar = "#" * max(1, round(40 * seconds / max(times)))
+            print(f"{shape:>12} {seconds:7.2f} s  {bar:40} {step}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", action="append", choices=SHAPES)
+    parser.add_argument("--shape", action="append", help="a name, or rows x columns: 32000x512")
     parser.add_argument("--method", action="append", choices=METHODS)
     parser.add_argument("--repeat", type=int, default=1, help="best of N runs of each method")
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        default=Path.home() / ".cache" / "st-embfilter-bench",
-    )
+    parser.add_argument("--growth", action="store_true", help="only the two curves in V and d")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/st-embfilter-bench")
     parser.add_argument("--child", nargs=2, metavar=("METHOD", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(run(args.child[0], Path(args.child[1]))))
         return
-    for shape in args.shape or ["qwen2.5-0.5b", "llama-3.1-8b"]:
-        folder = checkpoint(shape, args.cache)
-        _, rows, d = SHAPES[shape]
-        print(f"\n{shape}: W_U {rows:,} x {d:,} bfloat16, {torch.get_num_threads()} threads")
-        print(f"{'':58} {'seconds':>8} {'MiB':>7} {'time':>6} {'memory':>7}")
-        results = {}
-        for method in args.method or ["ours", "ours-float64", "torch-svd", "read", "multiply"]:
-            command = [sys.executable, __file__, "--child", method, str(folder)]
-            runs = [
-                json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-                for _ in range(args.repeat)
-            ]
-            results[method] = best = min(runs, key=lambda result: result["seconds"])
-            ours = results.get("ours", best)
-            print(
-                f"{METHODS[method]:58.58} {best['seconds']:8.2f} {best['mib']:7.0f} "
-                f"{best['seconds'] / ours['seconds']:5.1f}x {best['mib'] / ours['mib']:6.1f}x",
-                flush=True,
-            )
+    if args.growth:
+        growth(args.cache, args.repeat)
+        return
+    for shape in args.shape or list(SHAPES):
+        # A randomised SVD of full rank takes many times as long as an exact one.
+        default = [m for m in METHODS if m != "sklearn-truncated" or size(shape)[1] < 1024]
+        compare(shape, args.method or default, args.cache, args.repeat)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def from_causal_lm(
         calibration_size: Number of texts that the model writes.
         calibration_seed: Of their sampling.
         max_seq_length: Longest text in tokens, its prompt included; None for the model's own limit.
-        device: Where the model runs; None for the best at hand.
+        device: Where the model runs, and on "cuda" the spectrum too; None for the best at hand.
         dtype: Of the backbone, as in transformers. The filter is float32 in any case.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
@@ -132,6 +132,7 @@ def from_causal_lm(
         name,
         keep=keep,
         band=band,
+        device=device if device is not None and device.startswith("cuda") else "cpu",
         revision=revision,
         token=token,
         masked_lm=masked_lm,

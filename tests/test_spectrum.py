@@ -272,3 +272,21 @@ def test_parameters_of_other_families_are_refused() -> None:
     with pytest.raises(BandError, match="seed"):
         Band("bulk", 0.5, seed=3)
     assert set(FAMILIES) == {"offset", "optimal", *(band.family for band in FAMILY_BANDS)}
+
+
+# GPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["auto", "float64"])
+def test_a_gpu_gives_the_cpus_subspace(dtype: torch.dtype, precision: str) -> None:
+    weight, _ = planted(20_000, torch.linspace(3, 1, 256), dtype=dtype)
+    band = Band("bulk", 0.5)
+
+    def run(device: str) -> torch.Tensor:
+        blocks = lambda: weight.split(4096)  # noqa: E731
+        spectrum = spectrum_of(blocks, 256, band=band, precision=precision, device=device)
+        return spectrum.projection(band)
+
+    assert sine(run("cuda"), run("cpu")) <= (1e-4 if precision == "auto" else 1e-6)

@@ -62,6 +62,7 @@ def build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model folder that is there.")
     ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda, for the work of building.")] = "cpu",
     quiet: Quiet = False,
 ) -> None:
     """Build a filtered embedding model and save it as a portable folder.
@@ -90,7 +91,7 @@ def build(
         revision=revision,
         masked_lm=masked_lm,
         trust_remote_code=trust_remote_code,
-        device="cpu",
+        device=device,
         show_progress_bar=not quiet,
     )
     save_pretrained(filtered, output, overwrite=overwrite)
