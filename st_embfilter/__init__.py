@@ -13,11 +13,12 @@ if TYPE_CHECKING:
         filter_from_weight,
         from_causal_lm,
         load,
+        stack_filter,
     )
     from st_embfilter.errors import EmbedFilterError
     from st_embfilter.layer import EmbedFilterLayer
     from st_embfilter.prompts import Echo, MetaEOL, PromptEOL
-    from st_embfilter.publish import save_pretrained
+    from st_embfilter.publish import push_to_hub, save_pretrained
     from st_embfilter.sampling import sample_texts
     from st_embfilter.spectrum import Band, Spectrum
 
@@ -36,8 +37,10 @@ __all__ = [
     "filter_from_weight",
     "from_causal_lm",
     "load",
+    "push_to_hub",
     "sample_texts",
     "save_pretrained",
+    "stack_filter",
 ]
 
 # Names load with their first use: the command line's --help must not wait for torch.
@@ -56,7 +59,9 @@ _HOMES = {
     "from_causal_lm": "build",
     "load": "build",
     "sample_texts": "sampling",
+    "push_to_hub": "publish",
     "save_pretrained": "publish",
+    "stack_filter": "build",
 }
 
 

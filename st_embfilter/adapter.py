@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from st_embfilter.checkpoint import StoredTensor
-from st_embfilter.errors import UnembeddingError
+from st_embfilter.checkpoint import ModelFiles, StoredTensor
+from st_embfilter.errors import HubError, UnembeddingError
+from st_embfilter.hub import model_files
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 _SAFETENSORS: Final = "adapter_model.safetensors"
@@ -29,25 +26,25 @@ _PREFIX: Final = "base_model.model."
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter in a local folder.
+    """A PEFT adapter.
 
     Attributes:
-        folder: Where it lies.
+        files: Where it lies.
         config: Its `adapter_config.json`.
     """
 
-    folder: Path
+    files: ModelFiles
     config: Mapping[str, Any]
 
     @classmethod
-    def open(cls, folder: Path) -> Adapter | None:
-        """The adapter in a folder; None if there is none.
+    def open(cls, files: ModelFiles) -> Adapter | None:
+        """The adapter among these files; None if there is none.
 
         Raises:
             UnembeddingError: If its config is damaged.
         """
-        path = folder / ADAPTER_CONFIG
-        if not path.is_file():
+        path = files.path(ADAPTER_CONFIG)
+        if path is None:
             return None
         try:
             config = json.loads(path.read_bytes())
@@ -59,25 +56,19 @@ class Adapter:
             raise UnembeddingError(
                 f"{path} must name its base model in base_model_name_or_path, got {config!r:.80}"
             )
-        return cls(folder, config)
+        return cls(files, config)
 
-    def base_folder(self) -> Path:
-        """The local folder of the base model: a folder, or the Hub cache's snapshot.
+    def base_files(self, token: str | bool | None = None) -> ModelFiles:
+        """The files of the base model, in a folder or on the Hub.
 
-        Raises:
-            UnembeddingError: If it is not on this machine.
+        Args:
+            token: Hub token.
         """
-        name: str = self.config["base_model_name_or_path"]
-        if os.path.isdir(name):
-            return Path(name)
-        revision = self.config.get("revision")
-        try:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
-            raise UnembeddingError(
-                f"the base model of an adapter must be at hand, got {name!r}, which is neither a "
-                f"folder nor in the Hub cache; download it (hf download {name})"
-            ) from error
+        return model_files(
+            self.config["base_model_name_or_path"],
+            revision=self.config.get("revision"),
+            token=token,
+        )
 
     def trains(self, name: str) -> bool:
         """Whether the tensor `head` returned under this name is the adapter's work."""
@@ -137,16 +128,20 @@ class Adapter:
         return replace(stored, name=key, dtype=torch.float32, read_rows=read_rows)
 
     def _weights(self) -> dict[str, Tensor]:
-        path = self.folder / _SAFETENSORS
         try:
-            if path.is_file():
+            path = self.files.path(_SAFETENSORS)
+            if path is not None:
                 return load_file(path)
-            path = self.folder / _TORCH
+            path = self.files.path(_TORCH)
+            if path is None:
+                raise FileNotFoundError("no such file")
             weights = torch.load(path, map_location="cpu", weights_only=True)
+        except HubError:
+            raise
         except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
             raise UnembeddingError(
                 f"an adapter folder must hold {_SAFETENSORS} or {_TORCH}, got none that can be "
-                f"read in {self.folder}: {error}"
+                f"read in {self.files.where}: {error}"
             ) from error
         return dict(weights)
 

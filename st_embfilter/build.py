@@ -8,11 +8,9 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Module, Normalize, Pooling
 from torch import Tensor, nn
@@ -37,12 +35,15 @@ from st_embfilter.calibration import (
 from st_embfilter.errors import (
     CalibrationError,
     FormatError,
+    HubError,
     PlacementError,
+    ProvenanceError,
     ShapeError,
     UnembeddingError,
 )
-from st_embfilter.layer import EmbedFilterLayer, assemble, check_placement, filter_of
-from st_embfilter.metadata import METADATA_FILE, SPECTRUM_FILE, FilterMetadata
+from st_embfilter.hub import is_repo_id
+from st_embfilter.layer import EmbedFilterLayer, check_placement, filter_of
+from st_embfilter.metadata import FilterMetadata
 from st_embfilter.prompting import apply_recipe, modality_config, transformer_class
 from st_embfilter.prompts import Encoding, Recipe, parse_prompt
 from st_embfilter.sampling import sample_texts
@@ -51,6 +52,7 @@ from st_embfilter.unembedding import (
     Progress,
     Unembedding,
     unembedding_of_folder,
+    unembedding_of_hub,
     unembedding_of_model,
     unembedding_of_tensor,
 )
@@ -60,8 +62,7 @@ UnembeddingSource = Tensor | nn.Module | str | os.PathLike[str] | Unembedding
 
 POOLING_MODES = Pooling.POOLING_MODES
 
-#: Folders of the filter's weights and of its metadata: portable form, then sentence-transformers'.
-_FILTER_FOLDERS = (("2_Dense", ""), ("2_EmbedFilterLayer", "2_EmbedFilterLayer"))
+_HUB_ARGUMENTS = ("token", "cache_folder", "revision", "local_files_only")
 
 
 def from_causal_lm(
@@ -128,27 +129,25 @@ def from_causal_lm(
         )
     if pooling is not None and pooling not in POOLING_MODES:
         raise PlacementError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
-    layer = build_filter(
-        name,
-        keep=keep,
-        band=band,
-        device=device if device is not None and device.startswith("cuda") else "cpu",
-        revision=revision,
-        token=token,
-        masked_lm=masked_lm,
-        trust_remote_code=trust_remote_code,
-        show_progress_bar=show_progress_bar,
-    )
+    hub: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code}
+    chosen = Band.parse(band, keep)
+    unembedding = open_unembedding(name, revision=revision, masked_lm=masked_lm, **hub)
+    chosen.width(unembedding.d)  # a band that does not fit is an error before any download
+    if unembedding.model_id == name:
+        revision = unembedding.revision  # the commit, should the branch move meanwhile
     backbone = load_backbone(
         name,
         max_seq_length=max_seq_length,
         dtype=dtype,
         revision=revision,
-        token=token,
-        trust_remote_code=trust_remote_code,
         module_class=transformer_class(recipe),
         modality_config=modality_config(recipe),
+        **hub,
     )
+    if unembedding.stored.remote:  # its file is in the cache now
+        unembedding = open_unembedding(name, revision=revision, masked_lm=masked_lm, **hub)
+    where = device if device is not None and device.startswith("cuda") else "cpu"
+    layer = _fit_filter(unembedding, chosen, None, where, show_progress_bar)
     width = backbone.get_embedding_dimension()
     if width != layer.in_features:  # the config may name the width of the layers, not the output's
         width = measured_width(backbone)
@@ -352,6 +351,50 @@ def calibrate_filter(
     return model
 
 
+def stack_filter(
+    model: SentenceTransformer,
+    layer: EmbedFilterLayer | str | os.PathLike[str],
+    *,
+    unembedding: UnembeddingSource | None = None,
+    trust_remote_code: bool = False,
+) -> SentenceTransformer:
+    """Inserts a ready filter into a model with the unembedding matrix that it was made from.
+
+    Args:
+        model: Changed in place.
+        layer: The filter, or where to load it from (see `EmbedFilterLayer.from_pretrained`).
+        unembedding: Where the model's W_U comes from, see `add_filter`; it is read to be hashed.
+        trust_remote_code: Allow model code of the checkpoint to run.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ProvenanceError: If the filter was made from another unembedding matrix.
+        PlacementError: If the model has a filter already, or no place for one.
+        ShapeError: If the widths do not fit.
+    """
+    if not isinstance(layer, EmbedFilterLayer):
+        layer = EmbedFilterLayer.from_pretrained(layer)
+    position = _position(model)
+    _check_width(layer, backbone_width(model))
+    if unembedding is None:
+        source = _own_unembedding(model, trust_remote_code)
+    else:
+        source = open_unembedding(unembedding, trust_remote_code=trust_remote_code)
+    made_from = layer.metadata.provenance
+    found = source.provenance(getattr(torch, made_from.dtype, None))
+    if found.sha256 != made_from.sha256:
+        raise ProvenanceError(
+            f"a filter must be made from the unembedding matrix of its model, got a filter from "
+            f"{made_from.tensor!r} of {made_from.model_id} (sha256 {made_from.sha256}) for "
+            f"{found.tensor!r} of {found.model_id} (sha256 {found.sha256}); build one for this "
+            "model with add_filter"
+        )
+    insert_module(model, position, layer.to(model.device))
+    return model
+
+
 def load(
     path: str | os.PathLike[str],
     *,
@@ -399,22 +442,8 @@ def load_filter(path: str | os.PathLike[str], **kwargs: Any) -> EmbedFilterLayer
     Raises:
         FormatError: If there is no filter, or its files contradict each other.
     """
-    name = os.fspath(path)
-    for folder, metadata_folder in _FILTER_FOLDERS:
-        metadata_file = _file_of(name, METADATA_FILE, metadata_folder, kwargs)
-        weights_file = _file_of(name, "model.safetensors", folder, kwargs)
-        if metadata_file is None or weights_file is None:
-            continue
-        spectrum_file = _file_of(name, SPECTRUM_FILE, metadata_folder, kwargs)
-        return assemble(
-            load_file(weights_file),
-            Path(metadata_file).read_text(encoding="utf-8"),
-            None if spectrum_file is None else load_file(spectrum_file),
-        )
-    raise FormatError(
-        f"a filtered model must hold {METADATA_FILE} and the weights of its filter, got none in "
-        f"{name}; build one with from_causal_lm or `st-embfilter build`"
-    )
+    where = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+    return EmbedFilterLayer.from_pretrained(path, **where)
 
 
 def open_unembedding(
@@ -425,14 +454,29 @@ def open_unembedding(
     masked_lm: bool = False,
     trust_remote_code: bool = False,
 ) -> Unembedding:
-    """Finds the unembedding matrix behind a tensor, a model, a folder, a GGUF file or a Hub id."""
+    """Finds the unembedding matrix behind a tensor, a model, a folder, a GGUF file or a Hub id.
+
+    Args:
+        source: A name is that of a folder or file, if there is one, and else a Hub id.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
+        masked_lm: Take the decoder matrix of a masked language model; outside the paper.
+        trust_remote_code: Allow model code of the checkpoint to run.
+
+    Raises:
+        UnembeddingError: If there is no usable unembedding matrix.
+        HubError: If the Hub, the repository or the revision cannot be reached.
+    """
     if isinstance(source, Unembedding):
         return source
     if isinstance(source, Tensor):
         return unembedding_of_tensor(source)
     if isinstance(source, nn.Module):
         return unembedding_of_model(source)
-    return unembedding_of_folder(source, masked_lm=masked_lm, trust_remote_code=trust_remote_code)
+    options = {"masked_lm": masked_lm, "trust_remote_code": trust_remote_code}
+    if os.path.exists(source) or not is_repo_id(source):
+        return unembedding_of_folder(source, **options)
+    return unembedding_of_hub(os.fspath(source), revision=revision, token=token, **options)
 
 
 def insert_module(model: SentenceTransformer, position: int, module: Module) -> None:
@@ -499,17 +543,22 @@ def _progress(unembedding: Unembedding, show: bool) -> Iterator[Progress]:
 
 def _own_unembedding(model: SentenceTransformer, trust_remote_code: bool) -> Unembedding:
     inner = backbone_model(model)
-    name = source_name(model)
-    if name is not None and os.path.isdir(name):
-        return unembedding_of_folder(name, trust_remote_code=trust_remote_code)
     config = getattr(inner, "config", None)
+    name = source_name(model)
+    unreachable: HubError | None = None
+    if name is not None and (os.path.isdir(name) or is_repo_id(name)):
+        commit = getattr(config, "_commit_hash", None)
+        try:
+            return open_unembedding(name, revision=commit, trust_remote_code=trust_remote_code)
+        except HubError as error:
+            unreachable = error
     embedding = getattr(inner, "get_input_embeddings", lambda: None)()
     if getattr(config, "tie_word_embeddings", False) and embedding is not None:
         return Unembedding(unembedding_of_tensor(embedding.weight).stored, True, name)
     raise UnembeddingError(
-        "the model must have a checkpoint folder to read its unembedding matrix from, got a "
-        f"backbone from {name!r} whose head is not in memory; pass unembedding="
-    )
+        "the model must have a checkpoint to read its unembedding matrix from, got a backbone "
+        f"from {name!r} whose head is not in memory; pass unembedding="
+    ) from unreachable
 
 
 def _position(model: SentenceTransformer) -> int:
@@ -533,13 +582,3 @@ def _check_width(layer: EmbedFilterLayer, width: int | None) -> None:
 
 def _set_modules(model: SentenceTransformer, modules: dict[str, nn.Module]) -> None:
     model._modules = OrderedDict(modules)
-
-
-def _file_of(name: str, file: str, subfolder: str, kwargs: dict[str, Any]) -> str | None:
-    where = {
-        key: kwargs[key]
-        for key in ("token", "cache_folder", "revision", "local_files_only")
-        if key in kwargs
-    }
-    path: str | None = Module.load_file_path(name, file, subfolder=subfolder, **where)
-    return path

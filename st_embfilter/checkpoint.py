@@ -1,6 +1,7 @@
-"""Tensors of a local checkpoint folder, read row by row without loading the model.
+"""Tensors of a checkpoint, read row by row without loading the model.
 
-One mechanism for every form: a `Checkpoint` lists names, a `StoredTensor` reads rows.
+One mechanism for every form and place: `ModelFiles` finds files, a `Checkpoint` lists tensors, a
+`StoredTensor` reads rows.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import pickle
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, TypeGuard
+from typing import Any, Final, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +37,8 @@ SAFETENSORS_INDEX: Final = "model.safetensors.index.json"
 TORCH_FILE: Final = "pytorch_model.bin"
 TORCH_INDEX: Final = "pytorch_model.bin.index.json"
 
+_Found = TypeVar("_Found")
+
 #: The safetensors format allows headers up to this size.
 MAX_HEADER_BYTES: Final = 100_000_000
 
@@ -48,12 +52,14 @@ class StoredTensor:
         shape: (rows, columns).
         dtype: The dtype in which it is stored; rows come in it.
         read_rows: Reads rows [start, stop) as a (stop - start, columns) tensor on the CPU.
+        remote: Whether every read goes over the network, so that reading twice is dear.
     """
 
     name: str
     shape: tuple[int, int]
     dtype: torch.dtype
     read_rows: Callable[[int, int], Tensor]
+    remote: bool = False
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> StoredTensor:
@@ -85,64 +91,167 @@ class Checkpoint(ABC):
         """
 
 
-class SafetensorsFolder(Checkpoint):
-    """`model.safetensors`, or its shards and their index."""
+class SafetensorsFile(ABC):
+    """One safetensors file of which any bytes can be read.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        index = folder / SAFETENSORS_INDEX
-        if index.is_file():
-            self._files = read_index(index)
-        else:
-            header, _ = read_header(folder / SAFETENSORS_FILE)
-            self._files = dict.fromkeys(header, SAFETENSORS_FILE)
+    Attributes:
+        name: For errors.
+        size: In bytes.
+        remote: Whether it is read over the network.
+    """
+
+    name: str
+    size: int
+    remote: bool = False
+
+    @abstractmethod
+    def read(self, start: int, length: int) -> bytearray:
+        """Reads bytes [start, start + length) into memory of their own."""
+
+    @cached_property
+    def header(self) -> tuple[dict[str, object], int]:
+        """The header without its `__metadata__`, and where the data starts."""
+        length = header_length(self.read(0, min(8, self.size)), self.size, self.name)
+        return parse_header(self.read(8, length), self.name), 8 + length
+
+    def tensor(self, name: str) -> StoredTensor:
+        """The matrix of that name; only the header is read now."""
+        header, data_start = self.header
+        if name not in header:
+            raise UnembeddingError(
+                f"{self.name} must hold the tensor {name!r} that the index places there, got no "
+                "such tensor; download the checkpoint again"
+            )
+        entry = TensorEntry.parse(name, header[name], self.size - data_start)
+        stored = entry.stored(lambda start, length: self.read(data_start + start, length))
+        return replace(stored, remote=self.remote)
+
+
+class LocalSafetensors(SafetensorsFile):
+    """A safetensors file on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.name = path.name
+        try:
+            self.size = path.stat().st_size
+        except OSError as error:
+            raise UnembeddingError(f"cannot read {path}: {error.strerror or error}") from error
+
+    def read(self, start: int, length: int) -> bytearray:
+        """Reads bytes [start, start + length)."""
+        # A mapped file would stay in the process's memory.
+        data = bytearray(length)
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                file.seek(start)
+                view = memoryview(data)
+                while view:
+                    count = file.readinto(view)
+                    if not count:
+                        raise UnembeddingError(f"{self.name} ended early; it is truncated")
+                    view = view[count:]
+        except OSError as error:
+            message = f"cannot read {self._path}: {error.strerror or error}"
+            raise UnembeddingError(message) from error
+        return data
+
+
+class ModelFiles(ABC):
+    """The files of one model, in a folder or on the Hub.
+
+    Attributes:
+        name: Folder or Hub id.
+        where: Names the model in errors.
+    """
+
+    name: str
+    where: str
+
+    @property
+    def commit(self) -> str | None:
+        """Hash of the commit on the Hub, as soon as a file was found; None for a folder."""
+        return None
+
+    @abstractmethod
+    def path(self, file: str) -> Path | None:
+        """A local copy of the file, downloaded if need be; None if the model has no such file."""
+
+    @abstractmethod
+    def open(self, file: str) -> SafetensorsFile | None:
+        """A safetensors file to read from without downloading it; None if there is none."""
+
+
+class FolderFiles(ModelFiles):
+    """The files of a model in a local folder."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = Path(folder)
+        self.name = self.where = str(folder)
+
+    def path(self, file: str) -> Path | None:
+        """The file's path."""
+        path = self._folder / file
+        return path if path.is_file() else None
+
+    def open(self, file: str) -> SafetensorsFile | None:
+        """The file on disk."""
+        path = self.path(file)
+        return None if path is None else LocalSafetensors(path)
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """`model.safetensors`, or its shards.
+
+    Args:
+        files: The model's files.
+        places: Which file holds which tensor.
+    """
+
+    def __init__(self, files: ModelFiles, places: dict[str, str]) -> None:
+        self._files = files
+        self._places = places
 
     @property
     def names(self) -> frozenset[str]:
         """Every tensor name."""
-        return frozenset(self._files)
+        return frozenset(self._places)
 
     def tensor(self, name: str) -> StoredTensor:
         """The matrix of that name; only its header is read now."""
-        path = shard_path(self._folder, self._files[name])
-        header, data_start = read_header(path)
-        if name not in header:
-            raise UnembeddingError(
-                f"{path.name} must hold the tensor {name!r} that the index places there, got no "
-                "such tensor; download the checkpoint again"
-            )
-        entry = TensorEntry.parse(name, header[name], path.stat().st_size - data_start)
-        return entry.stored(lambda start, length: _pread(path, data_start + start, length))
+        file = self._files.open(self._places[name])
+        return _shard(file, self._places[name], self._files).tensor(name)
 
 
-class TorchFolder(Checkpoint):
-    """`pytorch_model.bin`, or its shards; unpickled with `weights_only=True`, mapped from disk."""
+class TorchCheckpoint(Checkpoint):
+    """`pytorch_model.bin`, or its shards; unpickled with `weights_only=True`, mapped from disk.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        index = folder / TORCH_INDEX
-        if index.is_file():
-            self._files = read_index(index)
-        else:
-            self._files = dict.fromkeys(self._load(TORCH_FILE), TORCH_FILE)
+    Args:
+        files: The model's files.
+        places: Which file holds which tensor; None for one file with all of them.
+    """
+
+    def __init__(self, files: ModelFiles, places: dict[str, str] | None = None) -> None:
+        self._files = files
+        self._places = places or dict.fromkeys(self._load(TORCH_FILE), TORCH_FILE)
 
     @property
     def names(self) -> frozenset[str]:
         """Every tensor name."""
-        return frozenset(self._files)
+        return frozenset(self._places)
 
     def tensor(self, name: str) -> StoredTensor:
         """The matrix of that name, mapped from disk."""
-        tensor = self._load(self._files[name]).get(name)
+        tensor = self._load(self._places[name]).get(name)
         if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
             raise UnembeddingError(
-                f"{self._files[name]} must hold {name!r} as a floating tensor, got "
+                f"{self._places[name]} must hold {name!r} as a floating tensor, got "
                 f"{getattr(tensor, 'dtype', type(tensor).__name__)}"
             )
         return StoredTensor.of(name, tensor)
 
     def _load(self, file: str) -> dict[str, Any]:
-        path = shard_path(self._folder, file)
+        path = _shard(self._files.path(file), file, self._files)
         try:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -159,20 +268,26 @@ class TorchFolder(Checkpoint):
         return state
 
 
-def open_folder(folder: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint in a local folder; safetensors first, then `.bin`.
+def open_checkpoint(files: ModelFiles) -> Checkpoint:
+    """The checkpoint among a model's files; safetensors first, then `.bin`.
 
     Raises:
-        UnembeddingError: If the folder holds no weights, or damaged ones.
+        UnembeddingError: If there are no weights, or damaged ones.
     """
-    folder = Path(folder)
-    if (folder / SAFETENSORS_INDEX).is_file() or (folder / SAFETENSORS_FILE).is_file():
-        return SafetensorsFolder(folder)
-    if (folder / TORCH_INDEX).is_file() or (folder / TORCH_FILE).is_file():
-        return TorchFolder(folder)
+    index = files.path(SAFETENSORS_INDEX)
+    if index is not None:
+        return SafetensorsCheckpoint(files, read_index(index))
+    single = files.open(SAFETENSORS_FILE)
+    if single is not None:
+        return SafetensorsCheckpoint(files, dict.fromkeys(single.header[0], SAFETENSORS_FILE))
+    index = files.path(TORCH_INDEX)
+    if index is not None:
+        return TorchCheckpoint(files, read_index(index))
+    if files.path(TORCH_FILE) is not None:
+        return TorchCheckpoint(files)
     raise UnembeddingError(
-        f"a checkpoint folder must hold {SAFETENSORS_FILE} or {TORCH_FILE} (or their index), got "
-        f"none of them in {folder}"
+        f"a checkpoint must hold {SAFETENSORS_FILE} or {TORCH_FILE} (or their index), got none of "
+        f"them in {files.where}"
     )
 
 
@@ -233,18 +348,7 @@ class TensorEntry:
         return StoredTensor(self.name, self.shape, self.dtype, read_rows)
 
 
-def read_header(path: Path) -> tuple[dict[str, object], int]:
-    """Header of a safetensors file, without its `__metadata__`, and where its data starts."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = header_length(file.read(8), size, path.name)
-            return parse_header(file.read(length), path.name), 8 + length
-    except OSError as error:
-        raise UnembeddingError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def header_length(prefix: bytes, file_size: int, file: str) -> int:
+def header_length(prefix: bytes | bytearray, file_size: int, file: str) -> int:
     """Length in bytes of the JSON header, from the first eight bytes of a safetensors file."""
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
     if not 2 <= length <= min(MAX_HEADER_BYTES, file_size - 8):
@@ -256,7 +360,7 @@ def header_length(prefix: bytes, file_size: int, file: str) -> int:
     return int(length)
 
 
-def parse_header(data: bytes, file: str) -> dict[str, object]:
+def parse_header(data: bytes | bytearray, file: str) -> dict[str, object]:
     """The JSON header of a safetensors file, without its `__metadata__`."""
     header = _json_object(data, f"the header of {file}")
     header.pop("__metadata__", None)
@@ -285,29 +389,13 @@ def parse_index(data: bytes, file: str) -> dict[str, str]:
     return files
 
 
-def shard_path(folder: Path, file: str) -> Path:
-    """The path of one shard, which must exist."""
-    path = folder / file
-    if not path.is_file():
+def _shard(found: _Found | None, file: str, files: ModelFiles) -> _Found:
+    if found is None:
         raise UnembeddingError(
-            f"the checkpoint must hold the shard {file}, got no such file in {folder}; download "
-            "it again"
+            f"the checkpoint must hold the shard {file}, got no such file in {files.where}; "
+            "download it again"
         )
-    return path
-
-
-def _pread(path: Path, start: int, length: int) -> bytearray:
-    """Reads into memory of its own: a mapped file would stay in the process's memory."""
-    data = bytearray(length)
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        view = memoryview(data)
-        while view:
-            count = file.readinto(view)
-            if not count:
-                raise UnembeddingError(f"{path.name} ended early; it is truncated")
-            view = view[count:]
-    return data
+    return found
 
 
 def _matrix_shape(name: str, shape: Iterable[int]) -> tuple[int, int]:
@@ -320,7 +408,7 @@ def _matrix_shape(name: str, shape: Iterable[int]) -> tuple[int, int]:
     return shape
 
 
-def _json_object(data: bytes, what: str) -> dict[str, Any]:
+def _json_object(data: bytes | bytearray, what: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

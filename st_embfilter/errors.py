@@ -51,6 +51,10 @@ class DataError(EmbedFilterError, ValueError):
     """A file of evaluation data breaks the rules of its format, or data do not suffice."""
 
 
+class HubError(EmbedFilterError, OSError):
+    """The Hugging Face Hub cannot be read or written as asked."""
+
+
 class PromptError(EmbedFilterError, ValueError):
     """An unknown or malformed prompt recipe."""
 

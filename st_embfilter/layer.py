@@ -5,19 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Final
 
 import torch
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Module, Normalize, Pooling
 from torch import Tensor, nn
 
+from st_embfilter.checkpoint import SAFETENSORS_FILE
 from st_embfilter.errors import FormatError, PlacementError, ShapeError
+from st_embfilter.folders import staged
+from st_embfilter.hub import model_files, upload
 from st_embfilter.metadata import METADATA_FILE, SPECTRUM_FILE, FilterMetadata
 
 #: The activation that makes `Dense` linear, by the one name that every stack understands.
 IDENTITY: Final = "torch.nn.modules.linear.Identity"
+
+#: Folders of a filter's weights and of its metadata: in the portable form, in that of
+#: sentence-transformers, and alone.
+_FOLDERS: Final = (("2_Dense/", ""), ("2_EmbedFilterLayer/", "2_EmbedFilterLayer/"), ("", ""))
 
 FEATURE: Final = "sentence_embedding"
 
@@ -161,8 +171,116 @@ class EmbedFilterLayer(Module):
         return assemble(
             weights,
             Path(metadata_file).read_text(encoding="utf-8"),
-            None if spectrum_file is None else load_file(spectrum_file),
+            None if spectrum_file is None else _load_file(Path(spectrum_file)),
         )
+
+    def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Writes the filter alone, without the model: a few megabytes.
+
+        The folder appears complete or not at all. `from_pretrained` reads it, and as a module it is
+        a valid `Dense`.
+
+        Args:
+            path: Target folder; must be missing or empty.
+            overwrite: Replace a folder of ours that is there already.
+
+        Returns:
+            The target folder.
+
+        Raises:
+            OutputError: If the target is not empty, or cannot be written.
+        """
+        with staged(path, overwrite=overwrite) as folder:
+            self._fill(folder)
+        return Path(path).absolute()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """Publishes the filter alone on the Hub, as one commit.
+
+        Args:
+            repo_id: E.g. "org/name"; made if it does not exist.
+            private: Visibility of a new repository; one that exists keeps its own.
+            revision: Branch to commit to, made if need be; None for the main one.
+            create_pr: Open a pull request instead of committing to the branch.
+            commit_message: Its first line.
+            token: Hub token; None for the one that is logged in or in `HF_TOKEN`.
+
+        Returns:
+            What huggingface_hub says about the commit.
+
+        Raises:
+            HubError: If the Hub refuses.
+        """
+        with TemporaryDirectory(prefix="st-embfilter-") as folder:
+            self._fill(Path(folder), repo_id)
+            return upload(
+                folder,
+                repo_id,
+                commit_message=commit_message or "Add EmbedFilter filter",
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                token=token,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_folder: str | None = None,
+        local_files_only: bool = False,
+    ) -> EmbedFilterLayer:
+        """Loads a filter that was saved alone, or the filter of a saved model.
+
+        Args:
+            name_or_path: Folder or Hub id.
+            revision: Branch, tag or commit on the Hub.
+            token: Hub token.
+            cache_folder: The Hub cache, if not the usual one.
+            local_files_only: Take files from that cache only.
+
+        Raises:
+            FormatError: If there is no filter, or its files contradict each other.
+            HubError: If the Hub, the repository or the revision cannot be reached.
+        """
+        files = model_files(
+            name_or_path,
+            revision=revision,
+            token=token,
+            cache_folder=cache_folder,
+            local_files_only=local_files_only,
+        )
+        for folder, metadata_folder in _FOLDERS:
+            metadata_file = files.path(f"{metadata_folder}{METADATA_FILE}")
+            weights_file = metadata_file and files.path(f"{folder}{SAFETENSORS_FILE}")
+            if metadata_file is None or weights_file is None:
+                continue
+            spectrum_file = files.path(f"{metadata_folder}{SPECTRUM_FILE}")
+            return assemble(
+                _load_file(weights_file),
+                metadata_file.read_text(encoding="utf-8"),
+                None if spectrum_file is None else _load_file(spectrum_file),
+            )
+        raise FormatError(
+            f"a filtered model must hold {METADATA_FILE} and the weights of its filter, got none "
+            f"in {files.where}; build one with from_causal_lm or `st-embfilter build`"
+        )
+
+    def _fill(self, folder: Path, *name: str) -> None:
+        self.save(str(folder))
+        (folder / "README.md").write_text(filter_card(self.metadata, *name), encoding="utf-8")
 
 
 class _FrozenLinear(nn.Module):
@@ -270,6 +388,47 @@ def check_placement(modules: Iterable[nn.Module]) -> None:
             f"EmbedFilterLayer must stand directly after Pooling, got {names}; a Dense layer "
             "before it leaves the space of the unembedding matrix"
         )
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path.name} must be a safetensors file, got: {error}") from error
+    return tensors
+
+
+def filter_card(metadata: FilterMetadata, name: str = "path/to/this/folder") -> str:
+    """The card of a filter alone; `name` is the folder or Hub id that it is loaded from."""
+    source = metadata.provenance
+    on_hub = source.model_id is not None and source.revision is not None
+    base = f"base_model: {source.model_id}\nbase_model_relation: adapter\n" if on_hub else ""
+    model = source.model_id or "a language model"
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+{base}tags:
+- sentence-transformers
+- embedfilter
+---
+
+# EmbedFilter for {model}
+
+The {metadata.band} band of the singular directions of `{source.tensor}`, without the model: it maps
+pooled hidden states of {metadata.d} dimensions to {metadata.k}
+([EmbedFilter](https://arxiv.org/abs/2606.07502)). It fits every model with the same unembedding
+matrix:
+
+`sha256 {source.sha256}`
+
+```python
+import st_embfilter
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{source.model_id or "my-decoder-model"}")
+st_embfilter.stack_filter(model, "{name}")
+```
+"""
 
 
 def filter_of(model: SentenceTransformer) -> EmbedFilterLayer | None:

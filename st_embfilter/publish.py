@@ -12,11 +12,15 @@ import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -32,9 +36,19 @@ from st_embfilter.backbone import (
     source_name,
     tokenizer_patch,
 )
-from st_embfilter.card import CARD_FILE, base_card, facts_of_files, render
+from st_embfilter.card import (
+    CARD_FILE,
+    base_card,
+    card_of_folder,
+    check_card,
+    facts_of_files,
+    render,
+)
+from st_embfilter.checkpoint import SAFETENSORS_FILE, read_index
 from st_embfilter.errors import FormatError, OutputError
-from st_embfilter.layer import EmbedFilterLayer, check_placement
+from st_embfilter.folders import check_target, staged
+from st_embfilter.hub import upload
+from st_embfilter.layer import EmbedFilterLayer, check_placement, filter_card
 from st_embfilter.metadata import METADATA_FILE, SPECTRUM_FILE
 from st_embfilter.prompting import write_tokenizer
 from st_embfilter.prompts import PromptEOL, Recipe, recipe_from_dict
@@ -42,6 +56,21 @@ from st_embfilter.prompts import PromptEOL, Recipe, recipe_from_dict
 logger = logging.getLogger(__name__)
 
 MODULES_FILE: Final = "modules.json"
+
+#: What no published folder can do without, beside the weights of the backbone and its tokenizer.
+_FILTER_FILES: Final = (METADATA_FILE, "config.json", SAFETENSORS_FILE, CARD_FILE)
+_PORTABLE_FILES: Final = (
+    MODULES_FILE,
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+    "2_Dense/config.json",
+    f"2_Dense/{SAFETENSORS_FILE}",
+    METADATA_FILE,
+    CARD_FILE,
+    "config.json",
+)
+
 
 #: Modules that are saved with their code, by file. By name, because those that were loaded from
 #: such a folder are classes of their own.
@@ -60,6 +89,10 @@ _POOLING_KEYS: Final = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
 }
 _ALWAYS_WRITTEN: Final = ("cls", "mean", "max", "mean_sqrt_len_tokens")
+
+_TOKENIZER: Final = re.compile(
+    r"tokenizer\.json|vocab\.(json|txt)|tekken\.json|.*\.(model|spm|tiktoken)"
+)
 
 
 def save_pretrained(
@@ -87,28 +120,11 @@ def save_pretrained(
     """
     target = Path(path).absolute()
     check_target(target, overwrite=overwrite)
-    files = portable_files(model)
     source = source_folder(model)
     if source is not None and source.resolve() == target.resolve():
         raise OutputError(f"the output folder must not be the model's source, got {path}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        )
-    except OSError as error:
-        raise OutputError(f"cannot write to {target.parent}: {error.strerror or error}") from error
-    try:
-        _write_backbone(model, source, staging)
-        for name, content in files.items():
-            (staging / name).parent.mkdir(exist_ok=True)
-            (staging / name).write_bytes(content)
-        staging.chmod(0o755)
-        _replace(staging, target)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with staged(target, overwrite=overwrite) as folder:
+        _write(model, folder)
     if is_plugin(model):
         logger.warning(
             "%s is in plugin form, because no portable folder can express its prompt; load it with "
@@ -123,27 +139,109 @@ def is_plugin(model: SentenceTransformer) -> bool:
     return any(_code_file(module) is not None for module in model.children())
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Checks that a folder may be written, before any work is done for it.
+def push_to_hub(
+    model: SentenceTransformer,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """Publishes a filtered model on the Hub; plain `SentenceTransformer(repo_id)` loads it.
+
+    The portable folder becomes one commit. It is checked first: nothing is uploaded, and no
+    repository is made, unless it is complete.
+
+    Args:
+        model: Transformer, Pooling, EmbedFilterLayer and optionally Normalize.
+        repo_id: E.g. "org/name"; made if it does not exist.
+        private: Visibility of a new repository; one that exists keeps its own.
+        revision: Branch to commit to, made if need be; None for the main one.
+        create_pr: Open a pull request instead of committing to the branch.
+        commit_message: Its first line.
+        token: Hub token; None for the one that is logged in or in `HF_TOKEN`.
+
+    Returns:
+        What huggingface_hub says about the commit: `commit_url`, `oid`, `pr_url` ...
 
     Raises:
-        OutputError: If it exists and is not empty, or is no model folder to overwrite.
+        FormatError: If the model has other modules, or the folder fails its validation.
+        HubError: If the Hub refuses.
     """
-    if target.is_dir():
-        if not any(target.iterdir()):
-            return
-        if not overwrite:
-            raise OutputError(
-                f"the output folder must be missing or empty, got {target} with files in it; "
-                "choose another or pass overwrite (--overwrite)"
-            )
-        if not (target / MODULES_FILE).is_file():
-            raise OutputError(
-                f"only a model folder (with {MODULES_FILE}) is overwritten, got {target}; remove "
-                "it yourself if you mean it"
-            )
-    elif target.exists():
-        raise OutputError(f"the output must be a folder, got the file {target}")
+    with tempfile.TemporaryDirectory(prefix="st-embfilter-") as folder:
+        _write(model, Path(folder), _link)
+        return push_folder(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            token=token,
+        )
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """Publishes a portable folder, or the folder of a filter alone, on the Hub.
+
+    Args:
+        folder: As `save_pretrained` or `EmbedFilterLayer.save_pretrained` wrote it.
+        repo_id: As all others, see `push_to_hub`.
+        private: See there.
+        revision: See there.
+        create_pr: See there.
+        commit_message: See there.
+        token: See there.
+    """
+    validate_folder(folder)
+    what = "filter" if _is_filter_alone(Path(folder)) else "embedding model"
+    return upload(
+        folder,
+        repo_id,
+        contents={CARD_FILE: _card_for(Path(folder), repo_id)},
+        commit_message=commit_message or f"Add EmbedFilter {what}",
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        token=token,
+    )
+
+
+def validate_folder(folder: str | os.PathLike[str]) -> None:
+    """Checks that a folder is complete and consistent, before anybody gets it.
+
+    Args:
+        folder: A portable folder, or the folder of a filter alone.
+
+    Raises:
+        FormatError: Names the file that is missing or breaks a rule.
+        UnembeddingError: If the weights of the backbone are missing or damaged.
+    """
+    folder = Path(folder)
+    filter_alone = _is_filter_alone(folder)
+    required = _FILTER_FILES if filter_alone else _PORTABLE_FILES
+    missing = [name for name in required if not (folder / name).is_file()]
+    if missing:
+        raise FormatError(
+            f"a folder to publish must hold {', '.join(required)}, got none of "
+            f"{', '.join(missing)} in {folder}; write it with save_pretrained or `st-embfilter "
+            "build`"
+        )
+    EmbedFilterLayer.from_pretrained(folder)
+    if not filter_alone:
+        _check_backbone(folder)
+    check_card((folder / CARD_FILE).read_text(encoding="utf-8", errors="replace"))
 
 
 def portable_files(model: SentenceTransformer) -> dict[str, bytes]:
@@ -250,39 +348,80 @@ def _pooling_config(pooling: Pooling) -> dict[str, Any]:
     return config
 
 
-def _write_backbone(model: SentenceTransformer, source: Path | None, target: Path) -> None:
+def _write(
+    model: SentenceTransformer,
+    folder: Path,
+    place: Callable[[Path, Path], object] = shutil.copyfile,
+) -> None:
+    """Fills an empty folder; `place(source, target)` puts the weights of the backbone there."""
+    files = portable_files(model)
     inner = backbone_model(model)
     if has_adapter(inner):
         raise FormatError(
             "a portable folder holds merged weights, got a backbone with a PEFT adapter; load it "
             "with from_causal_lm, which merges, or save with model.save_pretrained(path)"
         )
+    source = source_folder(model)
     if source is not None and is_unchanged(inner, source):
         for file in backbone_files(source):
-            shutil.copyfile(file, target / file.name)
+            large = file.suffix in (".safetensors", ".bin")
+            (place if large else shutil.copyfile)(file, folder / file.name)
         patch = tokenizer_patch(source, model.tokenizer)
         if patch is not None:
-            (target / TOKENIZER_CONFIG).write_bytes(patch)
+            (folder / TOKENIZER_CONFIG).write_bytes(patch)
     else:
-        inner.save_pretrained(str(target))  # type: ignore[operator]
-        model.tokenizer.save_pretrained(str(target))
+        inner.save_pretrained(str(folder))  # type: ignore[operator]
+        model.tokenizer.save_pretrained(str(folder))
     if _pipeline(model)[2].metadata.prompt is not None:
-        write_tokenizer(target, model.tokenizer)
+        write_tokenizer(folder, model.tokenizer)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
-def _replace(staging: Path, target: Path) -> None:
-    """Renames the complete folder into place."""
-    if not target.is_dir() or not any(target.iterdir()):
-        staging.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(old)  # onto an empty folder
+def _is_filter_alone(folder: Path) -> bool:
+    return not (folder / MODULES_FILE).is_file() and not (folder / "2_Dense").is_dir()
+
+
+def _check_backbone(folder: Path) -> None:
+    """Checks that weights are there, whole and readable; and a tokenizer."""
+    files = backbone_files(folder)
+    for file in files:
+        if file.name.endswith(".index.json"):
+            for shard in sorted(set(read_index(file).values())):
+                if not (folder / shard).is_file():
+                    raise FormatError(f"{file.name} names the shard {shard}, got no such file")
+        elif file.suffix == ".safetensors":
+            try:
+                safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise FormatError(
+                    f"{file.name} must be a whole safetensors file, got: {error}"
+                ) from error
+    if not any(_TOKENIZER.fullmatch(file.name) for file in files):
+        raise FormatError(
+            "a portable folder must hold a tokenizer, got none of its files; save the tokenizer "
+            "of the language model into it"
+        )
+
+
+def _card_for(folder: Path, repo_id: str) -> bytes:
+    """The folder's card, which names the repository in its usage unless somebody edited it."""
+    text = (folder / CARD_FILE).read_text(encoding="utf-8")
+    if _is_filter_alone(folder):
+        metadata = EmbedFilterLayer.from_pretrained(folder).metadata
+        plain, named = filter_card(metadata), filter_card(metadata, repo_id)
+    else:
+        plain, named = card_of_folder(folder), card_of_folder(folder, repo_id=repo_id)
+    return (named if text == plain else text).encode()
+
+
+def _link(source: Path, target: Path) -> None:
+    """A link where that is possible: a model that is only passed on needs no second copy."""
     try:
-        staging.rename(target)
+        target.symlink_to(source.resolve())
     except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.copyfile(source, target)
 
 
 def _base_card(model: SentenceTransformer) -> str | None:

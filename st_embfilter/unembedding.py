@@ -28,9 +28,16 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from st_embfilter.adapter import Adapter
-from st_embfilter.checkpoint import Checkpoint, StoredTensor, open_folder
+from st_embfilter.checkpoint import (
+    Checkpoint,
+    FolderFiles,
+    ModelFiles,
+    StoredTensor,
+    open_checkpoint,
+)
 from st_embfilter.errors import UnembeddingError
 from st_embfilter.gguf_file import find_gguf, read_gguf
+from st_embfilter.hub import HubFiles
 from st_embfilter.quantized import check_not_packed, dequantized
 from st_embfilter.spectrum import Band, Precision, Spectrum, spectrum_of
 
@@ -38,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 #: Called with (bytes done, bytes in all) after each block that is read.
 Progress = Callable[[int, int], None]
+
+CONFIG_FILE: Final = "config.json"
 
 _BLOCK_BYTES: Final = 32 * 2**20
 
@@ -129,7 +138,8 @@ class Unembedding:
         Args:
             band: The band that must be exact.
             precision: Arithmetic inside a block, see `spectrum_of`. By default "auto" for matrices
-                stored in 16 bits or less with more than 32 MiB, and "float64" for all others.
+                stored in 16 bits or less with more than 32 MiB, and "float64" for all others and
+                for remote ones, which "auto" may have to read twice.
             device: Where the products are computed.
             progress: Called after each block.
         """
@@ -149,7 +159,8 @@ class Unembedding:
 
         if precision is None:
             large = self.stored.nbytes > _BLOCK_BYTES
-            precision = "auto" if large and self.stored.dtype.itemsize <= 2 else "float64"
+            quick = large and self.stored.dtype.itemsize <= 2 and not self.stored.remote
+            precision = "auto" if quick else "float64"
         spectrum = spectrum_of(hashed_blocks, self.d, band=band, precision=precision, device=device)
         if passes > 1:
             logger.info("float32 blocks were not exact enough for this band; summed in float64")
@@ -159,12 +170,12 @@ class Unembedding:
         """Provenance alone: one pass that only hashes.
 
         Args:
-            dtype: Hash the matrix as if stored in this dtype; exact for a model that was loaded in
-                a wider one.
+            dtype: Hash the matrix as if stored in this dtype, where it loses nothing: so a model
+                that was loaded in a wider one hashes as its checkpoint does.
         """
         digest = hashlib.sha256()
         for block in self.blocks():
-            digest.update(_bytes(block if dtype is None else block.to(dtype)))
+            digest.update(_bytes(block if dtype is None else _narrowed(block, dtype)))
         return self._provenance(digest.hexdigest())
 
     def _provenance(self, sha256: str) -> Provenance:
@@ -222,18 +233,56 @@ def unembedding_of_folder(
         return Unembedding(stored, tied, gguf.name)
     if not folder.is_dir():
         raise UnembeddingError(f"a model folder must exist, got {folder}; check the path")
-    adapter = Adapter.open(folder)
-    base = folder if adapter is None else adapter.base_folder()
-    if not (base / "config.json").is_file():
+    return _unembedding_of_files(FolderFiles(folder), None, masked_lm, trust_remote_code)
+
+
+def unembedding_of_hub(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    masked_lm: bool = False,
+    trust_remote_code: bool = False,
+) -> Unembedding:
+    """The unembedding matrix of a checkpoint on the Hub; the model is not downloaded.
+
+    Only the bytes of the matrix are read, by range requests. A file that is in the Hub cache is
+    read from there; `.bin` weights, which have no index of their bytes, are downloaded into it.
+
+    Args:
+        repo_id: E.g. "org/name"; of a language model or of a PEFT adapter.
+        revision: Branch, tag or commit.
+        token: Hub token.
+        masked_lm: Take the decoder matrix of a masked language model; outside the paper.
+        trust_remote_code: Allow model code of the checkpoint to run (it names the tensor).
+
+    Raises:
+        HubError: If the Hub, the repository or the revision cannot be reached.
+        UnembeddingError: If the head or the weights are missing or unfit.
+    """
+    files = HubFiles(repo_id, revision=revision, token=token)
+    return _unembedding_of_files(files, token, masked_lm, trust_remote_code)
+
+
+def _unembedding_of_files(
+    files: ModelFiles, token: str | bool | None, masked_lm: bool, trust_remote_code: bool
+) -> Unembedding:
+    config_file = files.path(CONFIG_FILE)  # first, as it pins the commit
+    adapter = Adapter.open(files)
+    base = files
+    if adapter is not None:
+        base = adapter.base_files(token)
+        config_file = base.path(CONFIG_FILE)
+    if config_file is None:
         raise UnembeddingError(
-            f"a model folder must hold config.json, got none in {base}; give the folder of a "
-            "transformers checkpoint"
+            f"a model folder must hold {CONFIG_FILE}, got none in {base.where}; give the folder or "
+            "the Hub id of a transformers checkpoint"
         )
-    config = _load_config(base, trust_remote_code)
+    config = _load_config(base, token, trust_remote_code)
     model = meta_model(config, masked_lm=masked_lm, trust_remote_code=trust_remote_code)
-    head, tied = find_output_embedding(model, open_folder(base), str(base), adapter)
-    trained = adapter is not None and adapter.trains(head.name)
-    return Unembedding(head, tied, *model_identity(str(folder if trained else base), None))
+    head, tied = find_output_embedding(model, open_checkpoint(base), base.where, adapter)
+    source = files if adapter is not None and adapter.trains(head.name) else base
+    return Unembedding(head, tied, *model_identity(source.name, source.commit))
 
 
 def meta_model(
@@ -457,17 +506,26 @@ def _key_renamings(model: nn.Module) -> list[Any]:
     ]
 
 
-def _load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+def _load_config(
+    files: ModelFiles, token: str | bool | None, trust_remote_code: bool
+) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code
+            files.name, revision=files.commit, token=token, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # configs of strangers fail in many ways, all mean the same
         raise UnembeddingError(
-            f"config.json in {folder} must describe a model that transformers knows, got: "
+            f"{CONFIG_FILE} in {files.where} must describe a model that transformers knows, got: "
             f"{_reason(error)}"
         ) from error
     return config
+
+
+def _narrowed(block: Tensor, dtype: torch.dtype) -> Tensor:
+    if block.dtype == dtype:
+        return block
+    cast = block.to(dtype)
+    return cast if torch.equal(cast.to(block.dtype), block) else block
 
 
 def _bytes(block: Tensor) -> memoryview:

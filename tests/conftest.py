@@ -9,9 +9,11 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TERM"] = "dumb"
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -25,8 +27,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import hub as transformers_hub
 
 import st_embfilter
+from tests.hub_server import LocalHub
 
 ROOT = Path(__file__).parents[1]
 DEMO_LM = ROOT / "examples" / "openstax-lm"
@@ -182,3 +186,35 @@ def make_lm(tmp_path: Path) -> MakeLM:
         return folder, model.eval()
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """A Hub on this machine, used by this process with an empty cache and no token."""
+    local = LocalHub()
+    constants = huggingface_hub.constants
+    for name, value in {
+        "ENDPOINT": local.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{local.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,  # its protocol is not spoken here
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    for shared in (huggingface_hub.hf_api.api, transformers_hub.hf_api()):
+        monkeypatch.setattr(shared, "endpoint", local.url)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    huggingface_hub.close_session()
+    with local.running():
+        yield local
+        huggingface_hub.close_session()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the code under test wanted to sleep; it does not."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits

@@ -59,6 +59,12 @@ def build(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code of the checkpoint.")
     ] = False,
+    filter_only: Annotated[
+        bool,
+        typer.Option(
+            "--filter-only", help="Save the filter alone; reads one tensor, not the model."
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model folder that is there.")
     ] = False,
@@ -71,11 +77,35 @@ def build(
     """
     width = parse_keep(keep)
     quiet_libraries(model, quiet)
-    from st_embfilter.build import from_causal_lm
+    from st_embfilter.build import build_filter, from_causal_lm
+    from st_embfilter.folders import check_target
     from st_embfilter.layer import filter_of
-    from st_embfilter.publish import check_target, save_pretrained
+    from st_embfilter.publish import save_pretrained
 
+    of_models = {
+        "--prompt": prompt,
+        "--prompt-encoding": prompt_encoding,
+        "--pooling": pooling,
+        "--normalize": normalize or None,
+        "--calibrate": calibrate,
+    }
+    given = [name for name, value in of_models.items() if value is not None]
+    if filter_only and given:
+        raise typer.BadParameter(f"{', '.join(given)} must come without --filter-only")
     check_target(output, overwrite=overwrite)
+    if filter_only:
+        alone = build_filter(
+            model,
+            keep=width,
+            band=band,
+            revision=revision,
+            masked_lm=masked_lm,
+            trust_remote_code=trust_remote_code,
+            show_progress_bar=not quiet,
+        )
+        alone.save_pretrained(output, overwrite=overwrite)
+        out.print(f"{describe(alone)}\nSaved the filter to {output}", highlight=False)
+        return
     filtered = from_causal_lm(
         model,
         prompt=prompt,
