@@ -133,6 +133,18 @@ def test_a_filtered_model_keeps_its_band(saved_demo: Path) -> None:
             open_model(saved_demo, **other)
 
 
+def test_a_model_with_code_of_its_own(opened: Opened, tmp_path: Path) -> None:
+    opened[0].save_pretrained(str(tmp_path / "m"))
+    with pytest.raises(LensError, match=r"needs trust_remote_code \(--trust-remote-code\)"):
+        open_model(tmp_path / "m")
+    trusted = open_model(
+        tmp_path / "m", trust_remote_code=True, device="cpu", show_progress_bar=False
+    )
+    found = [look(*it, ["tea"], show_progress_bar=False).texts[0] for it in (opened, trusted)]
+    for side in ("before", "after"):
+        assert [t.id for t in getattr(found[0], side)] == [t.id for t in getattr(found[1], side)]
+
+
 def test_a_model_without_a_filter(opened: Opened) -> None:
     model, unembedding = opened
     plain = SentenceTransformer(modules=list(model.children())[:2], device="cpu")
