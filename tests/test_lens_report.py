@@ -24,6 +24,8 @@ from st_embfilter.frequencies import TokenCounts, count_tokens
 from st_embfilter.layer import filter_of
 from st_embfilter.report import (
     LensReport,
+    TextLens,
+    Token,
     card_section,
     draw,
     look,
@@ -230,6 +232,9 @@ def test_the_card_section_is_one_table_row_a_text(report: LensReport) -> None:
     assert r'| x \<script\>alert(1)\</script\> \& "q" \| \`tick\` \$5 \[b\] |' in rows[0]
     assert lines[start + 2] == ""
     assert "## What the embeddings say" in lines
+    odd = TextLens("t", (Token("|", 1, 0.5), Token("``", 2, 0.1)), (Token("\n", 3, 0.5),))
+    section = card_section(dataclasses.replace(report, texts=(odd,)))
+    assert r"| t | `\|` ``` `` ``` | `'\n'` |" in section
     assert f"| dimensions | {report.d} | {report.k} |" in lines
     short = card_section(dataclasses.replace(report, study=None))
     assert "Measured on" not in short
