@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from st_embfilter import plots
 from st_embfilter.anisotropy import Anisotropy, anisotropy
 from st_embfilter.build import from_causal_lm, load, open_unembedding
-from st_embfilter.errors import BandError, LensError, ProvenanceError
+from st_embfilter.errors import BandError, EmbedFilterError, LensError, ProvenanceError
 from st_embfilter.frequencies import SMOOTHING, TokenCounts
 from st_embfilter.layer import FEATURE, EmbedFilterLayer, filter_of
 from st_embfilter.lens import logit_lens, pooled_embeddings, visible
@@ -210,7 +210,15 @@ def open_model(
                 "a filtered model has a band and a prompt of its own, got keep, band or prompt for "
                 f"{name}; give its language model to try others"
             )
-        return load(name, device=device, **common), open_unembedding(name, **common)
+        try:
+            return load(name, device=device, **common), open_unembedding(name, **common)
+        except EmbedFilterError:
+            raise
+        except (ValueError, OSError) as error:
+            raise LensError(
+                f"a filtered model must load with sentence-transformers, got {_first_line(error)}; "
+                "one with code of its own needs trust_remote_code (--trust-remote-code)"
+            ) from error
     unembedding = open_unembedding(name, **common)
     keep = 0.5 if keep is None else keep
     if band == "optimal":
@@ -399,6 +407,10 @@ def _filter(model: SentenceTransformer) -> EmbedFilterLayer:
     if found is None:
         raise LensError("the lens compares without and with a filter, got a model without one")
     return found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _filtered(layer: EmbedFilterLayer, hidden: Tensor) -> Tensor:

@@ -14,6 +14,12 @@ from st_embfilter.unembedding import unembedding_of_tensor
 from tests.conftest import TEXTS, MakeLM
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 256 rows, so that every matrix here comes in several."""
+    monkeypatch.setattr("st_embfilter.unembedding._BLOCK_BYTES", 1)
+
+
 @pytest.fixture
 def weight() -> torch.Tensor:
     return torch.randn(500, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

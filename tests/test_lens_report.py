@@ -24,6 +24,8 @@ from st_embfilter.frequencies import TokenCounts, count_tokens
 from st_embfilter.layer import filter_of
 from st_embfilter.report import (
     LensReport,
+    TextLens,
+    Token,
     card_section,
     draw,
     look,
@@ -133,6 +135,18 @@ def test_a_filtered_model_keeps_its_band(saved_demo: Path) -> None:
             open_model(saved_demo, **other)
 
 
+def test_a_model_with_code_of_its_own(opened: Opened, tmp_path: Path) -> None:
+    opened[0].save_pretrained(str(tmp_path / "m"))
+    with pytest.raises(LensError, match=r"needs trust_remote_code \(--trust-remote-code\)"):
+        open_model(tmp_path / "m")
+    trusted = open_model(
+        tmp_path / "m", trust_remote_code=True, device="cpu", show_progress_bar=False
+    )
+    found = [look(*it, ["tea"], show_progress_bar=False).texts[0] for it in (opened, trusted)]
+    for side in ("before", "after"):
+        assert [t.id for t in getattr(found[0], side)] == [t.id for t in getattr(found[1], side)]
+
+
 def test_a_model_without_a_filter(opened: Opened) -> None:
     model, unembedding = opened
     plain = SentenceTransformer(modules=list(model.children())[:2], device="cpu")
@@ -218,6 +232,9 @@ def test_the_card_section_is_one_table_row_a_text(report: LensReport) -> None:
     assert r'| x \<script\>alert(1)\</script\> \& "q" \| \`tick\` \$5 \[b\] |' in rows[0]
     assert lines[start + 2] == ""
     assert "## What the embeddings say" in lines
+    odd = TextLens("t", (Token("|", 1, 0.5), Token("``", 2, 0.1)), (Token("\n", 3, 0.5),))
+    section = card_section(dataclasses.replace(report, texts=(odd,)))
+    assert r"| t | `\|` ``` `` ``` | `'\n'` |" in section
     assert f"| dimensions | {report.d} | {report.k} |" in lines
     short = card_section(dataclasses.replace(report, study=None))
     assert "Measured on" not in short

@@ -23,6 +23,12 @@ from st_embfilter.unembedding import unembedding_of_tensor
 from tests.conftest import planted
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 256 rows, so that every matrix here comes in several."""
+    monkeypatch.setattr("st_embfilter.unembedding._BLOCK_BYTES", 1)
+
+
 def log_probabilities(rows: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, generator=generator, dtype=torch.float64).mul(3).log_softmax(dim=0)
