@@ -27,7 +27,7 @@ from st_embfilter.layer import filter_of
 from st_embfilter.metadata import FilterMetadata
 from st_embfilter.prompts import parse_prompt, recipe_from_dict
 from tests import prompt_tokenizers
-from tests.conftest import DEMO_LM, TEXTS
+from tests.conftest import DEMO_LM, ROOT, TEXTS
 from tests.prompt_tokenizers import EOS, STYLES
 
 LIMIT = 128
@@ -548,3 +548,11 @@ def test_command_line(tmp_path: Path) -> None:
     cli("build", DEMO_LM, "-o", path, "--prompt", template, "--prompt-encoding", "exact", "-q")
     assert f"prompteol (exact): {template}" in cli("inspect", path)
     assert "one of prompteol, echo, metaeol" in cli("build", DEMO_LM, "-o", "x", "--prompt", "eol")
+
+
+def test_blocks_of_the_documentation() -> None:
+    text = (ROOT / "docs" / "prompts.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+    assert blocks
+    for block in blocks:
+        exec(block.replace("Qwen/Qwen2.5-0.5B", str(DEMO_LM)), {})
