@@ -133,8 +133,7 @@ def dense_config(folder: Path, path: str) -> tuple[int, int]:
     config = read(folder, file, dict)
     if set(config) != {"in_features", "out_features", "bias", "activation_function"}:
         fail(f"{file}: keys must be the four that every reader knows", sorted(config))
-    if typed(config, "bias", bool, file):  # vLLM reads an absent one as true
-        fail(f"{file}: the filter has no bias", True)
+    typed(config, "bias", bool, file)  # vLLM reads an absent one as true
     typed(config, "activation_function", str, file)
     return size(config, "in_features", file), size(config, "out_features", file)
 
@@ -152,11 +151,16 @@ def check_weights(folder: Path, path: str, shape: tuple[int, int], names: tuple[
     if not found:
         fail(f"{path}: the weight must be named {' or '.join(names)}", sorted(header))
     in_features, out_features = shape
-    entry = header[found[0]]
-    if entry["shape"] != [out_features, in_features]:
-        fail(f"{path}: the weight must have shape {[out_features, in_features]}", entry["shape"])
-    if entry["dtype"] not in ("F32", "F16", "BF16"):
-        fail(f"{path}: the weight must be floating point", entry["dtype"])
+    shapes = {found[0]: [out_features, in_features]}
+    if read(folder, f"{path}/config.json", dict)["bias"]:
+        shapes[found[0].replace("weight", "bias")] = [out_features]
+    if set(header) != set(shapes):  # a bias that is missing, or would be left out
+        fail(f"{path}: the tensors must be {sorted(shapes)}", sorted(header))
+    for name, expected in shapes.items():
+        if header[name]["shape"] != expected:
+            fail(f"{path}: {name} must have shape {expected}", header[name]["shape"])
+        if header[name]["dtype"] not in ("F32", "F16", "BF16"):
+            fail(f"{path}: {name} must be floating point", header[name]["dtype"])
 
 
 def only_mode(config: dict[str, Any], file: str) -> str:

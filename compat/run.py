@@ -45,10 +45,16 @@ TEXTS = [
     "ten words and more " * 200 + "end",
 ]
 
-# What each saved folder is built with.
-FOLDERS: dict[str, dict[str, Any]] = {
-    "plain": {"keep": 0.5},
-    "last token, unit length": {"keep": 0.25, "pooling": "lasttoken", "normalize": True},
+CALIBRATION = [f"{text} {i}." for i, text in enumerate(TEXTS * 2)]
+
+# What each saved folder is built with, and the pooling that a server should find in it.
+FOLDERS: dict[str, tuple[dict[str, Any], str]] = {
+    "plain text": ({"keep": 0.5}, "mean"),
+    "PromptEOL, unit length": (
+        {"keep": 0.25, "prompt": "prompteol", "normalize": True},
+        "lasttoken",
+    ),
+    "calibrated": ({"keep": 0.5, "calibrate": CALIBRATION}, "mean"),
 }
 
 INTEGRATIONS = (
@@ -144,7 +150,7 @@ def build(place: Path) -> tuple[dict[str, Path], dict[str, np.ndarray]]:
     """Saves the folders and encodes the texts with them, as this project does."""
     (place / "texts.json").write_text(json.dumps(TEXTS))
     folders, expected = {}, {}
-    for i, (name, options) in enumerate(FOLDERS.items()):
+    for i, (name, (options, _)) in enumerate(FOLDERS.items()):
         model = st_embfilter.from_causal_lm(
             DEMO_LM, device="cpu", show_progress_bar=False, **options
         )
@@ -234,12 +240,12 @@ def by_rule(
 ) -> tuple[str, str, str | None]:
     """What a server's parsing rules say about the folders: name, version, problem."""
     for kind, folder in folders.items():
-        options = FOLDERS[kind]
+        options, pooling = FOLDERS[kind]
         try:
             served = rule(folder)
         except rules.RuleError as error:
             return name, version, str(error)
-        wanted = rules.Served(options.get("pooling", "mean"), 256, int(256 * options["keep"]), 512)
+        wanted = rules.Served(pooling, 256, int(256 * options["keep"]), 512)
         if served != wanted:
             return name, version, f"{served} instead of {wanted}"
     return name, version, None

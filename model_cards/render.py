@@ -1,8 +1,8 @@
 """Renders the cards in this folder: `make model-cards`.
 
-The card of the bundled language model is that of a model built here, with figures measured by
-`measure.py`. Those of the paper's models state its recipes, windows and figures: they were neither
-built nor measured here, so what only a build can tell (revision, hashes) is left out.
+The card of the bundled language model is that of a model built here, with figures measured by the
+command that it gives. Those of the paper's models state its recipes, windows and figures: they were
+neither built nor measured here, so what only a build can tell (revision, hashes) is left out.
 """
 
 from __future__ import annotations

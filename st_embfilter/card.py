@@ -22,6 +22,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id, yaml_dump  # type: ignore[attr-defined]
 
+from st_embfilter.calibration import DEFAULT_STRENGTH, Calibration
 from st_embfilter.errors import FormatError
 from st_embfilter.metadata import METADATA_FILE, FilterMetadata
 
@@ -143,6 +144,7 @@ class CardFacts:
         tied: Whether it is also the input embedding.
         sha256: Of its bytes.
         prompt: The recipe as in the metadata; None for plain text.
+        calibration: How the filter was calibrated, as in the metadata; None for the filter alone.
         pooling: Mode of `Pooling`.
         normalized: Whether embeddings have unit length.
         max_seq_length: Longest text in tokens.
@@ -166,6 +168,7 @@ class CardFacts:
     tied: bool = False
     sha256: str | None = None
     prompt: Mapping[str, Any] | None = None
+    calibration: Calibration | None = None
     pooling: str = "mean"
     normalized: bool = False
     max_seq_length: int | None = None
@@ -218,6 +221,7 @@ def facts_of_files(
         tied=source.tied,
         sha256=source.sha256,
         prompt=metadata.prompt,
+        calibration=metadata.calibration,
         pooling="mean" if pooling is None else _pooling_mode(files, *pooling),
         normalized=any(kind.endswith("Normalize") for kind in types),
         max_seq_length=length if isinstance(length, int) else None,
@@ -251,7 +255,7 @@ def render(facts: CardFacts, *, repo_id: str | None = None) -> str:
         measured=list(_tables(facts, measured)),
         reported=list(_tables(facts, [r for r in facts.results if r.source is not None])),
         sources=sorted({r.source for r in facts.results if r.source is not None}),
-        commands=list(dict.fromkeys(r.command for r in measured if r.command is not None)),
+        commands=list(dict.fromkeys(_public(r.command) for r in measured if r.command is not None)),
         build=_build_command(facts, repo_id),
         licence=facts.inherited.get("license_name") or facts.inherited.get("license"),
     )
@@ -493,6 +497,18 @@ def _link(facts: CardFacts) -> str:
     return f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
 
 
+def _public(command: str) -> str:
+    """A command without the folders of the machine that ran it."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return command
+    return shlex.join(
+        re.split(r"[/\\]", word)[-1] if re.match(r"[/~]|[A-Za-z]:\\", word) else word
+        for word in words
+    )
+
+
 def _build_command(facts: CardFacts, repo_id: str | None) -> str:
     """The command that builds this model again."""
     options: list[tuple[str, str | None]] = [
@@ -500,6 +516,8 @@ def _build_command(facts: CardFacts, repo_id: str | None) -> str:
         ("--band", None if facts.band == "bulk" else facts.band),
         ("--prompt", _prompt_option(facts.prompt)),
         ("--prompt-encoding", "exact" if _is_exact(facts.prompt) else None),
+        ("--calibrate", _calibrate_option(facts.calibration)),
+        ("--calibration-strength", _strength_option(facts.calibration)),
         ("--pooling", None if facts.prompt or facts.pooling == "mean" else facts.pooling),
         (
             "--max-seq-length",
@@ -514,6 +532,18 @@ def _build_command(facts: CardFacts, repo_id: str | None) -> str:
     if facts.normalized:
         words.append("--normalize")
     return " \\\n  ".join([" ".join(words[:3]), *words[3:]])
+
+
+def _calibrate_option(calibration: Calibration | None) -> str | None:
+    if calibration is None:
+        return None
+    return "self" if calibration.source == "self" else "texts.txt"
+
+
+def _strength_option(calibration: Calibration | None) -> str | None:
+    if calibration is None or calibration.strength == DEFAULT_STRENGTH:
+        return None
+    return str(calibration.strength)
 
 
 def _is_exact(prompt: Mapping[str, Any] | None) -> bool:

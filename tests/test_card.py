@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import st_embfilter
 from model_cards.render import FOLDER as CARDS
 from model_cards.render import PAPER_MODELS, cards
+from st_embfilter.calibration import Calibration
 from st_embfilter.card import (
     CardFacts,
     Score,
@@ -143,6 +144,38 @@ def test_backticks_in_a_template_stay_in_their_code() -> None:
     assert "- template: ``` `a` ``{text}`` ```" in text
 
 
+def test_a_calibrated_model_says_so_and_no_more() -> None:
+    own = Calibration("self", 1024, "ab" * 32, 0.5, 0.125, seed=3)
+    text = render(replace(FACTS, calibration=own))
+    check_card(text)
+    assert "of 1,024 texts that the\nlanguage model wrote itself" in text
+    assert "no data was used" in text
+    assert "strength 0.5, shrinkage 0.125, 1024 texts, seed 3" in text
+    assert "are the filter of that width" not in text
+    assert "--calibrate self" in text
+    assert "--calibration-strength 0.5" in text
+    given = render(replace(FACTS, calibration=replace(own, source="texts", strength=1.0)))
+    assert "no data" not in given
+    assert "--calibrate texts.txt" in given
+    assert "--calibration-strength" not in given
+
+
+def test_a_measured_order_cannot_be_built_by_name() -> None:
+    text = render(replace(FACTS, band="optimal", start=None, results=()))
+    assert "st-embfilter build" not in text
+    assert "measured on texts" in text
+
+
+def test_commands_name_no_folder_of_the_machine() -> None:
+    command = (
+        "st-embfilter eval /home/me/lm --sts '/data/my sets/sts.csv' -o ~/out.jsonl --keep 1/2"
+    )
+    score = replace(FACTS.results[5], command=command)
+    text = render(replace(FACTS, results=(score,)))
+    assert "st-embfilter eval lm --sts sts.csv -o out.jsonl --keep 1/2" in text
+    assert "/home" not in text
+
+
 def test_the_exact_encoding_names_the_version_it_needs() -> None:
     prompt = {"recipe": "prompteol", "template": "{text}:", "encoding": "exact"}
     text = render(replace(FACTS, form="portable", prompt=prompt))
@@ -182,6 +215,8 @@ def test_the_usage_runs_as_written(saved_demo: Path, capsys: pytest.CaptureFixtu
         {"keep": 10, "pooling": "lasttoken", "normalize": True, "max_seq_length": 9},
         {"keep": 0.25, "band": "offset:3"},
         {"band": "random:7"},
+        {"prompt": "prompteol", "prompt_encoding": "exact"},
+        {"prompt": 'Of "{text}" in a word:', "normalize": True},
     ],
 )
 def test_the_build_command_builds_the_same_model(

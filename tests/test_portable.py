@@ -106,6 +106,19 @@ def test_a_server_serves_the_model(
     assert server(saved_other) == rules.Served("lasttoken", 256, 64, 64)
 
 
+def test_a_calibrated_filter_is_a_projection_with_a_bias(tmp_path: Path) -> None:
+    model = st_embfilter.from_causal_lm(
+        DEMO_LM, device="cpu", calibrate=run.CALIBRATION, show_progress_bar=False
+    )
+    folder = st_embfilter.save_pretrained(model, tmp_path / "calibrated")
+    for server in SERVERS:
+        assert server(folder) == rules.Served("mean", 256, 128, 512)
+    put(DENSE, "bias", to=False)(folder)
+    for server in SERVERS:
+        with pytest.raises(rules.RuleError, match=r"linear\.bias"):
+            server(folder)
+
+
 def edit(name: str, change: Callable[[Any], Any]) -> Mutation:
     def mutate(folder: Path) -> None:
         value = json.loads((folder / name).read_text())
@@ -155,6 +168,11 @@ MUTATIONS: list[tuple[str, tuple[str, ...], Mutation]] = [
     ("short name", BOTH, put(DENSE, "activation_function", to="torch.nn.Identity")),
     ("no bias key", BOTH, drop(DENSE, "bias")),
     ("bias", BOTH, put(DENSE, "bias", to=True)),
+    (
+        "bias that is not announced",
+        BOTH,
+        tensors(lambda t: {**t, "linear.bias": t["linear.weight"][:, 0].contiguous()}),
+    ),
     ("width as a fraction", BOTH, put(DENSE, "in_features", to=256.0)),
     ("another key", BOTH, put(DENSE, "module_input_name", to="sentence_embedding")),
     ("other width", BOTH, put(DENSE, "out_features", to=64)),
