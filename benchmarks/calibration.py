@@ -35,11 +35,17 @@ PAGE = DOCS / "calibration.md"
 START, END = "<!-- measured -->", "<!-- end -->"
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SIZES = (256, 1024, 4096)
+ROOTS = ("symmetric", "cholesky", "principal")
 WORDS = 28  # of a corpus text: about as long as a sampled one
 
 
 def transform(
-    raw: RawModel, keep: int, prefix: int, sample: torch.Tensor | None, strength: float
+    raw: RawModel,
+    keep: int,
+    prefix: int,
+    sample: torch.Tensor | None,
+    strength: float,
+    root: str = "symmetric",
 ) -> Transform:
     """The calibrated filter of width `keep`, cut to its first `prefix` outputs."""
     projection = raw.spectrum.projection(Band("bulk", keep)).double()
@@ -47,6 +53,11 @@ def transform(
         return Transform(projection[:prefix].float())
     estimate = moments(sample.double() @ projection.T)
     matrix, _ = affine_map(estimate, strength)
+    if root == "cholesky":  # lower triangular: a prefix is what would be calibrated at that width
+        matrix = torch.linalg.cholesky(torch.linalg.inv(matrix @ matrix)).inverse()
+    elif root == "principal":  # components of the covariance in order of variance
+        axes = torch.linalg.eigh(estimate.covariance)[1]
+        matrix = axes.flip(1).T @ matrix
     return Transform(
         (matrix @ projection)[:prefix].float(),
         (strength * projection.T @ estimate.mean).float(),
@@ -79,9 +90,14 @@ def measure(
     cases = [{**case, "prefix": case["keep"]} for case in cases]
     wide = {"keep": d, "source": "self", "size": 1024, "strength": 1.0}
     cases += [{**wide, "prefix": prefix} for prefix in (d // 2, d // 4, d // 8)]
+    if info.task_type == "STS":
+        inside = {**wide, "keep": d // 2}
+        cuts = (d // 2, d // 4, d // 8)
+        cases += [{**inside, "root": r, "prefix": cut} for r in ROOTS for cut in cuts]
     for case in cases:
         sample = samples[case["source"]][: case["size"]]
-        mapped = transform(raw, case["keep"], case["prefix"], sample, case["strength"])
+        root = case.get("root", "symmetric")
+        mapped = transform(raw, case["keep"], case["prefix"], sample, case["strength"], root)
         outcome, reference = task.run(Filtered(store, mapped)), plain[case["prefix"]]
         low, high = paired_interval(outcome, reference, resamples=500) or (None, None)
         delta = outcome.score - reference.score
@@ -92,7 +108,8 @@ def measure(
 
 
 def cell(rows: list[dict[str, Any]], **wanted: Any) -> str:
-    found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    wanted.setdefault("root", None)
+    found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
     if not found:
         return ""
     row = found[0]
@@ -145,6 +162,11 @@ def page(rows: list[dict[str, Any]]) -> list[str]:
             cut = [cell(rows, task=t, keep=d, **case) for t in tasks]
             body.append([f"{width}, calibrated at {d}, then cut", *cut])
     lines += table(["dimensions", *tasks], body)
+    lines += [f"### Roots ({tasks[0]}, {d // 2} dimensions, then cut)\n"]
+    case = {"task": tasks[0], "keep": d // 2, "source": "self", "size": 1024, "strength": 1.0}
+    cuts = (d // 2, d // 4, d // 8)
+    body = [[root, *(cell(rows, **case, root=root, prefix=cut) for cut in cuts)] for root in ROOTS]
+    lines += table(["root", *map(str, cuts)], body)
     return lines
 
 
