@@ -28,8 +28,9 @@ from pathlib import Path
 from st_embfilter import prompts
 from st_embfilter.build import from_causal_lm
 from st_embfilter.evaluation import default_configurations, raw_model, sweep
-from st_embfilter.plots import save_figure, score_figure, window_figure
+from st_embfilter.plots import save_figure
 from st_embfilter.results import Result, read_results, write_results
+from st_embfilter.score_plots import score_figure, window_figure
 from st_embfilter.search import WindowSearch, search_window
 from st_embfilter.storage import Collection, StorageRow, storage_table
 from st_embfilter.tasks import (
