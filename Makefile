@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint types wheel benchmark compat coverage-full figures model-cards clean calibration
+.PHONY: demo test lint types wheel benchmark compat coverage-full figures model-cards results calibration clean
 
 demo: $(VENV)/.ready  ## set up, then filter the demo LM and show what changes
 	$(BIN)/st-embfilter demo
@@ -39,6 +39,10 @@ compat: $(VENV)/.ready  ## load a saved model through other libraries, write doc
 
 model-cards: $(VENV)/.ready  ## render model_cards/
 	$(BIN)/python -m model_cards.render
+
+results: $(VENV)/.ready-dev  ## docs/results-demo-lm.md; needs DATA=folder, see benchmarks/results.py
+	@test -n "$(DATA)" || { echo "give the data: make results DATA=folder"; exit 2; }
+	$(BIN)/python benchmarks/results.py $(DATA)
 
 calibration: $(VENV)/.ready-dev  ## docs/calibration.md; DATA as for results, CORPUS one text a line
 	$(BIN)/python -m benchmarks.calibration $(DATA) $(if $(CORPUS),--corpus $(CORPUS))

@@ -156,9 +156,10 @@ def score_tables(rows: Sequence[Result]) -> Iterator[str]:
     for task in dict.fromkeys(row.task for row in rows):
         here = [row for row in rows if row.task == task]
         first = here[0]
+        kind = {"STS": "pairs", "Retrieval": "queries"}.get(first.task_type, "texts and 10 runs")
         yield (
             f"\n#### {task}\n\n{first.task_type}, {first.split}, `{first.metric}` x 100, "
-            f"{first.units:,} resampled units, data `{first.dataset}` {first.revision}.\n"
+            f"{first.units:,} resampled {kind}, data `{first.dataset}` {first.revision}.\n"
         )
         yield "| configuration | dims | score | to raw | 95 % interval | |"
         yield "|-|-:|-:|-:|-:|-|"

@@ -1,8 +1,9 @@
 """Scores that can be resampled, and paired bootstrap intervals from them.
 
 A score is a statistic of weighted units (pairs, queries, texts): every unit weighs 1 in the score
-itself, and as often as it was drawn in a bootstrap sample. Two configurations are compared on the
-same draws, so what makes a unit hard for both cancels out of their difference.
+itself, and as often as it was drawn in a bootstrap sample. Where a score is a mean over runs (draws
+of training texts, starts of k-means), the runs are drawn too. Two configurations are compared on
+the same draws, so what makes a unit hard for both cancels out of their difference.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from st_embfilter.errors import ShapeError
 
 Floats = NDArray[np.float64]
 
-#: Weights (b, units) to statistics (b,).
+#: Weights (b, n) to statistics (b,).
 Statistic = Callable[[Floats], Floats]
+
+#: A statistic, and the sizes of the groups of units that its weights belong to; each group is drawn
+#: for itself.
+Part = tuple[tuple[int, ...], Statistic]
 
 #: Weights that are held in memory at a time.
 _CHUNK = 2_000_000
@@ -30,27 +35,37 @@ class Outcome:
 
     Attributes:
         score: The task's main score.
-        units: Number of resampled units; 0 where the score cannot be resampled.
-        statistic: The score as a function of the units' weights, or None.
+        units: Number of pairs, queries or texts that are drawn; 0 where none can be.
+        sizes: Sizes of the groups that are drawn one by one.
+        statistic: The score as a function of all weights, or None.
     """
 
     score: float
     units: int = 0
+    sizes: tuple[int, ...] = ()
     statistic: Statistic | None = None
 
     @classmethod
-    def of(cls, units: int, statistic: Statistic) -> Outcome:
-        """The outcome whose score is the statistic with every unit once."""
-        return cls(float(statistic(np.ones((1, units)))[0]), units, statistic)
+    def of(cls, part: Part, units: int | None = None) -> Outcome:
+        """The outcome whose score is the statistic with every weight 1.
+
+        Args:
+            part: The statistic.
+            units: Number to report; None for the first group's size.
+        """
+        sizes, statistic = part
+        score = float(statistic(np.ones((1, sum(sizes))))[0])
+        return cls(score, sizes[0] if units is None else units, sizes, statistic)
 
     @classmethod
     def mean(cls, outcomes: Sequence[Outcome]) -> Outcome:
         """The mean over repetitions (e.g. seeds) on the same units."""
+        first = outcomes[0]
         score = float(np.mean([outcome.score for outcome in outcomes]))
         statistics = [outcome.statistic for outcome in outcomes if outcome.statistic is not None]
-        if len(statistics) < len(outcomes) or len({outcome.units for outcome in outcomes}) > 1:
+        if len(statistics) < len(outcomes) or any(o.sizes != first.sizes for o in outcomes):
             return cls(score)
-        return cls(score, outcomes[0].units, mean_of(statistics))
+        return cls(score, first.units, first.sizes, mean_of(statistics))
 
 
 def replicates(outcome: Outcome, resamples: int, seed: int = 0) -> Floats | None:
@@ -61,7 +76,7 @@ def replicates(outcome: Outcome, resamples: int, seed: int = 0) -> Floats | None
     """
     if outcome.statistic is None:
         return None
-    parts = [outcome.statistic(weights) for weights in _draws(outcome.units, resamples, seed)]
+    parts = [outcome.statistic(weights) for weights in _draws(outcome.sizes, resamples, seed)]
     return np.concatenate(parts)
 
 
@@ -95,23 +110,29 @@ def paired_interval(
     Raises:
         ShapeError: If the two have different units.
     """
-    if outcome.units != reference.units:
-        raise ShapeError(
-            f"paired outcomes must have the same units, got {outcome.units} and {reference.units}"
-        )
     mine, theirs = (replicates(side, resamples, seed) for side in (outcome, reference))
-    return None if mine is None or theirs is None else interval(mine - theirs, level)
+    if mine is None or theirs is None:
+        return None
+    if outcome.sizes != reference.sizes:
+        raise ShapeError(
+            f"paired outcomes must have the same units, got {outcome.sizes} and {reference.sizes}"
+        )
+    return interval(mine - theirs, level)
 
 
-def _draws(units: int, resamples: int, seed: int) -> Iterator[Floats]:
-    rng = np.random.default_rng(seed)
-    chunk = max(1, _CHUNK // units)
+def _draws(sizes: Sequence[int], resamples: int, seed: int) -> Iterator[Floats]:
+    # A generator for each group, so that draws do not depend on the chunks.
+    generators = [np.random.default_rng([seed, i]) for i in range(len(sizes))]
+    chunk = max(1, _CHUNK // sum(sizes))
     for first in range(0, resamples, chunk):
         rows = min(chunk, resamples - first)
-        drawn = rng.integers(0, units, size=(rows, units))
-        drawn += np.arange(rows)[:, None] * units
-        counts = np.bincount(drawn.ravel(), minlength=rows * units)
-        yield counts.reshape(rows, units).astype(np.float64)
+        counts = []
+        for rng, size in zip(generators, sizes, strict=True):
+            drawn = rng.integers(0, size, size=(rows, size))
+            drawn += np.arange(rows)[:, None] * size
+            flat = np.bincount(drawn.ravel(), minlength=rows * size)
+            counts.append(flat.reshape(rows, size))
+        yield np.concatenate(counts, axis=1).astype(np.float64)
 
 
 # Statistics --------------------------------------------------------------------------------------
@@ -125,6 +146,45 @@ def mean_of(statistics: Sequence[Statistic]) -> Statistic:
 def max_of(statistics: Sequence[Statistic]) -> Statistic:
     """The largest of several statistics of the same units."""
     return lambda weights: np.max([statistic(weights) for statistic in statistics], axis=0)
+
+
+def over_runs(n: int, statistics: Sequence[Statistic]) -> Part:
+    """The mean over runs on the same units; runs are drawn as well as units.
+
+    Args:
+        n: Number of units.
+        statistics: One for each run.
+    """
+
+    def statistic(weights: Floats) -> Floats:
+        values = np.stack([run(weights[:, :n]) for run in statistics], axis=1)
+        result: Floats = np.average(values, axis=1, weights=weights[:, n:])
+        return result
+
+    return (n, len(statistics)), statistic
+
+
+def average(parts: Sequence[Part], *, drawn: bool = False) -> Part:
+    """The mean over parts with units of their own, e.g. subsets of a task.
+
+    Args:
+        parts: At least one.
+        drawn: Whether the parts themselves are drawn, because they are a sample of what could have
+            been.
+    """
+    ends = np.cumsum([sum(sizes) for sizes, _ in parts])
+    spans = [slice(end - sum(sizes), end) for end, (sizes, _) in zip(ends, parts, strict=True)]
+    total = int(ends[-1])
+
+    def statistic(weights: Floats) -> Floats:
+        values = [part(weights[:, span]) for span, (_, part) in zip(spans, parts, strict=True)]
+        result: Floats = np.average(
+            np.stack(values, axis=1), axis=1, weights=weights[:, total:] if drawn else None
+        )
+        return result
+
+    sizes = tuple(size for part, _ in parts for size in part)
+    return (*sizes, len(parts)) if drawn else sizes, statistic
 
 
 def mean_statistic(values: ArrayLike) -> Statistic:

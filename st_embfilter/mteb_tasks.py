@@ -12,6 +12,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -24,13 +25,13 @@ from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderW
 from sentence_transformers import SentenceTransformer
 
 from st_embfilter.bootstrap import (
-    Floats,
     Outcome,
-    Statistic,
+    Part,
+    average,
     average_precision_statistic,
     max_of,
-    mean_of,
     mean_statistic,
+    over_runs,
     spearman_statistic,
     v_measure_statistic,
 )
@@ -59,9 +60,6 @@ QUICK: Final = (
 )
 
 PRESETS: Final = ("embedfilter-paper", "quick")
-
-#: A statistic of a part of the units, and how many there are.
-_Part = tuple[int, Statistic]
 
 
 def mteb_tasks(model: SentenceTransformer, names: Sequence[str]) -> list[MTEBTask]:
@@ -140,11 +138,12 @@ class MTEBTask:
             parts = list(_parts(leaves, Path(folder)))
         if any(part is None for part in parts):
             return Outcome(score)
-        outcome = _joined([part for part in parts if part is not None])
+        known = [part for part in parts if part is not None]
+        outcome = Outcome.of(average(known), sum(sizes[0] for sizes, _ in known))
         if abs(outcome.score - score) > 1e-5:
             logger.info("%s: no interval, the score is not its predictions'", self.info.name)
             return Outcome(score)
-        return Outcome(score, outcome.units, outcome.statistic)
+        return replace(outcome, score=score)
 
     def release(self) -> None:
         """Frees the data if this object loaded them."""
@@ -195,20 +194,7 @@ def _leaves(task: AbsTask) -> list[AbsTask]:
     return [task]
 
 
-def _joined(parts: Sequence[_Part]) -> Outcome:
-    """The mean over parts with units of their own, as MTEB averages splits and subsets."""
-    ends = np.cumsum([units for units, _ in parts])
-    spans = [slice(end - units, end) for end, (units, _) in zip(ends, parts, strict=True)]
-
-    def statistic(weights: Floats) -> Floats:
-        values = [part(weights[:, span]) for span, (_, part) in zip(spans, parts, strict=True)]
-        mean: Floats = np.mean(values, axis=0)
-        return mean
-
-    return Outcome.of(int(ends[-1]), statistic)
-
-
-def _parts(leaves: Sequence[AbsTask], folder: Path) -> Iterator[_Part | None]:
+def _parts(leaves: Sequence[AbsTask], folder: Path) -> Iterator[Part | None]:
     for leaf in leaves:
         file = folder / leaf.prediction_file_name
         predictions = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -224,13 +210,13 @@ def _parts(leaves: Sequence[AbsTask], folder: Path) -> Iterator[_Part | None]:
                 yield None if rule is None else rule(leaf, data, predicted)
 
 
-def _sts(task: Any, data: Any, predicted: Any) -> _Part | None:
+def _sts(task: Any, data: Any, predicted: Any) -> Part | None:
     if task.metadata.main_score != "cosine_spearman":
         return None
-    return len(data), spearman_statistic(predicted["cosine_scores"], data["score"])
+    return (len(data),), spearman_statistic(predicted["cosine_scores"], data["score"])
 
 
-def _pairs(task: Any, data: Any, predicted: Any) -> _Part | None:
+def _pairs(task: Any, data: Any, predicted: Any) -> Part | None:
     labels = data[0][task.label_column_name] if len(data) == 1 else data[task.label_column_name]
     positive = np.asarray(labels) == 1
     sides = {
@@ -248,10 +234,10 @@ def _pairs(task: Any, data: Any, predicted: Any) -> _Part | None:
         average_precision_statistic(sign * np.asarray(predicted[key]), positive)
         for key, sign in (sides[name] for name in chosen)
     ]
-    return len(positive), max_of(statistics)
+    return (len(positive),), max_of(statistics)
 
 
-def _retrieval(task: Any, data: Any, predicted: Any) -> _Part | None:
+def _retrieval(task: Any, data: Any, predicted: Any) -> Part | None:
     metric = {"ndcg_at_10": _ndcg, "map_at_1000": _average_precision}.get(task.metadata.main_score)
     if metric is None or task.skip_first_result:
         return None
@@ -263,7 +249,7 @@ def _retrieval(task: Any, data: Any, predicted: Any) -> _Part | None:
             found.pop(query, None)
         ranked = sorted(found, key=lambda key: (found[key], key), reverse=True)
         values.append(metric(ranked, data["relevant_docs"][query]))
-    return len(values), mean_statistic(values)
+    return (len(values),), mean_statistic(values)
 
 
 def _ndcg(ranked: list[str], judged: Mapping[str, int]) -> float:
@@ -277,29 +263,28 @@ def _average_precision(ranked: list[str], judged: Mapping[str, int]) -> float:
     return float(precision[hits].sum() / relevant) if relevant else 0.0
 
 
-def _classification(task: Any, data: Any, predicted: Any) -> _Part | None:
+def _classification(task: Any, data: Any, predicted: Any) -> Part | None:
     if task.metadata.main_score != "accuracy" or task.is_cross_validation:
         return None
     expected = np.asarray(data[task.label_column_name])
-    hits = np.mean([np.asarray(run) == expected for run in predicted], axis=0)
-    return len(expected), mean_statistic(hits)
+    runs = [mean_statistic(np.asarray(run) == expected) for run in predicted]
+    return over_runs(len(expected), runs)
 
 
-def _clustering_sets(task: Any, data: Any, predicted: Any) -> _Part | None:
+def _clustering_sets(task: Any, data: Any, predicted: Any) -> Part | None:
     if task.metadata.main_score != "v_measure":
         return None
     sets = data[task.label_column_name]
     if len(sets) != len(predicted):
         return None
-    parts = [
-        (len(labels), v_measure_statistic(labels, clusters))
+    parts: list[Part] = [
+        ((len(labels),), v_measure_statistic(labels, clusters))
         for labels, clusters in zip(sets, predicted, strict=True)
     ]
-    joined = _joined(parts)
-    return None if joined.statistic is None else (joined.units, joined.statistic)
+    return average(parts, drawn=True)
 
 
-def _clustering(task: Any, data: Any, predicted: Any) -> _Part | None:
+def _clustering(task: Any, data: Any, predicted: Any) -> Part | None:
     if task.metadata.main_score != "v_measure":
         return None
     rng = random.Random(task.seed)  # noqa: S311 - the draws that the task made
@@ -319,10 +304,10 @@ def _clustering(task: Any, data: Any, predicted: Any) -> _Part | None:
         for clusters in runs:
             drawn = np.array(rng.choices(range(len(there)), k=len(clusters)))
             statistics.append(v_measure_statistic(names[drawn], clusters, there[drawn], len(rows)))
-    return len(rows), mean_of(statistics)
+    return over_runs(len(rows), statistics)
 
 
-def _summaries(task: Any, data: Any, predicted: Any) -> _Part | None:
+def _summaries(task: Any, data: Any, predicted: Any) -> Part | None:
     from scipy.stats import spearmanr
 
     if task.metadata.main_score != "cosine_spearman":
@@ -332,10 +317,10 @@ def _summaries(task: Any, data: Any, predicted: Any) -> _Part | None:
     # MTEB keeps an old defect for comparability: the mean of the correlation and its p-value.
     defect = task.evaluator.__name__.startswith("Deprecated")
     values = [np.mean(one) if defect else one.statistic for one in found]
-    return len(values), mean_statistic(values)
+    return (len(values),), mean_statistic(values)
 
 
-_RULES: Final[dict[str, Callable[[Any, Any, Any], _Part | None]]] = {
+_RULES: Final[dict[str, Callable[[Any, Any, Any], Part | None]]] = {
     "AbsTaskSTS": _sts,
     "AbsTaskPairClassification": _pairs,
     "AbsTaskRetrieval": _retrieval,

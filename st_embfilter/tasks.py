@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from st_embfilter.bootstrap import (
     Outcome,
-    mean_of,
     mean_statistic,
+    over_runs,
     spearman_statistic,
     v_measure_statistic,
 )
@@ -121,7 +121,7 @@ class STSTask:
         # Rounded, so that every text is exactly as near to itself as any other.
         cosines = np.einsum("ij,ij->i", left, right).round(12)
         scores = [score for _, _, score in self.pairs]
-        return Outcome.of(len(scores), spearman_statistic(cosines, scores))
+        return Outcome.of(((len(scores),), spearman_statistic(cosines, scores)))
 
     def halves(self, seed: int = 0) -> tuple[STSTask, STSTask]:
         """Two disjoint random halves of the pairs."""
@@ -175,7 +175,7 @@ class RetrievalTask:
                 gains = self.judgements[query]
                 ranked = [gains.get(key, 0) for key in _top(row, ids, 10)]
                 values.append(ndcg_of_gains(ranked, list(gains.values())))
-        return Outcome.of(len(values), mean_statistic(values))
+        return Outcome.of(((len(values),), mean_statistic(values)))
 
     def halves(self, seed: int = 0) -> tuple[RetrievalTask, RetrievalTask]:
         """Two disjoint random halves of the queries, over all documents."""
@@ -219,7 +219,7 @@ class ClassificationTask:
         )
 
     def run(self, encoder: Encoder) -> Outcome:
-        """Measures an encoder; the resampled units are test texts."""
+        """Measures an encoder; drawn are test texts, and runs."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
@@ -230,15 +230,15 @@ class ClassificationTask:
         place = {index: i for i, index in enumerate(union)}
         known = encoder.encode([self.train[i][0] for i in union])
         asked = encoder.encode([text for text, _ in self.test])
-        hits = np.zeros(len(expected))
+        runs = []
         for drawn in draws:
             classifier = LogisticRegression(max_iter=100, random_state=SEED)
             with warnings.catch_warnings():
                 # MTEB's limit of iterations, reached or not.
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 classifier.fit(known[[place[i] for i in drawn]], labels[drawn])
-            hits += classifier.predict(asked) == expected
-        return Outcome.of(len(expected), mean_statistic(hits / len(draws)))
+            runs.append(mean_statistic(classifier.predict(asked) == expected))
+        return Outcome.of(over_runs(len(expected), runs))
 
     def halves(self, seed: int = 0) -> tuple[ClassificationTask, ClassificationTask]:
         """Two disjoint random halves of the test texts, with the same training texts."""
@@ -272,14 +272,14 @@ class ClusteringTask:
         return cls(info, [(text, label) for _, text, label in labelled])
 
     def run(self, encoder: Encoder) -> Outcome:
-        """Measures an encoder; the resampled units are texts, the clusters stay."""
+        """Measures an encoder; drawn are texts in their clusters, and runs of k-means."""
         vectors = encoder.encode([text for text, _ in self.texts])
         labels = np.array([label for _, label in self.texts])
-        statistics = [
+        runs = [
             v_measure_statistic(labels[drawn], clusters, drawn, len(labels))
             for drawn, clusters in clusterings(vectors, labels, random.Random(SEED))  # noqa: S311
         ]
-        return Outcome.of(len(labels), mean_of(statistics))
+        return Outcome.of(over_runs(len(labels), runs))
 
     def halves(self, seed: int = 0) -> tuple[ClusteringTask, ClusteringTask]:
         """Two disjoint random halves of the texts."""

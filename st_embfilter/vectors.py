@@ -118,7 +118,7 @@ class VectorStore:
         file = None
         if self._folder is not None:
             file = self._folder / f"{_hash([method, prompt, *texts])}.npy"
-            stored = _read(file, len(texts))
+            stored = _read(file)
             if stored is not None:
                 return stored
         vectors: Vectors = np.asarray(
@@ -190,12 +190,12 @@ def _hash(parts: Iterable[str | None]) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path, rows: int) -> Vectors | None:
+def _read(file: Path) -> Vectors | None:
     try:
         stored: Vectors = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None  # not there, or damaged: encoded anew
-    return stored if stored.ndim == 2 and len(stored) == rows else None
+    return stored
 
 
 def _write(file: Path, vectors: Vectors) -> None:

@@ -10,11 +10,14 @@ from sklearn.metrics import average_precision_score, v_measure_score
 from st_embfilter.bootstrap import (
     Outcome,
     Statistic,
+    _draws,
+    average,
     average_precision_statistic,
     interval,
     max_of,
     mean_of,
     mean_statistic,
+    over_runs,
     paired_interval,
     replicates,
     spearman_statistic,
@@ -85,13 +88,13 @@ def test_v_measure_of_one_class_or_cluster(labels: list[int], clusters: list[int
 
 
 def test_a_difference_of_nothing_has_no_width() -> None:
-    outcome = Outcome.of(N, spearman_statistic(X, TIED))
+    outcome = Outcome.of(((N,), spearman_statistic(X, TIED)))
     assert paired_interval(outcome, outcome) == (0.0, 0.0)
 
 
 def test_pairing_takes_out_what_is_common() -> None:
     hard = RNG.standard_normal(500)
-    first, second = (Outcome.of(500, mean_statistic(hard + shift)) for shift in (0.0, 0.1))
+    first, second = (Outcome.of(((500,), mean_statistic(hard + shift))) for shift in (0.0, 0.1))
     paired = paired_interval(second, first)
     assert paired is not None
     assert paired == pytest.approx((0.1, 0.1))
@@ -107,8 +110,8 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         values = rng.standard_normal(80) + 0.3
         reference = rng.standard_normal(80)
         bounds = paired_interval(
-            Outcome.of(80, mean_statistic(values)),
-            Outcome.of(80, mean_statistic(reference)),
+            Outcome.of(((80,), mean_statistic(values))),
+            Outcome.of(((80,), mean_statistic(reference))),
             resamples=300,
             level=0.9,
             seed=seed,
@@ -122,7 +125,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 def test_the_samples_are_those_of_the_seed_whatever_the_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    outcome = Outcome.of(N, mean_statistic(X))
+    outcome = Outcome.of(((N,), mean_statistic(X)))
     whole = replicates(outcome, 100, seed=3)
     monkeypatch.setattr("st_embfilter.bootstrap._CHUNK", 7 * N)
     chunked = replicates(outcome, 100, seed=3)
@@ -132,10 +135,44 @@ def test_the_samples_are_those_of_the_seed_whatever_the_chunks(
     assert not np.array_equal(whole, replicates(outcome, 100, seed=4))
 
 
+def test_runs_and_parts_are_averaged_as_weighted() -> None:
+    runs = [RNG.standard_normal(N) for _ in range(3)]
+    sizes, statistic = over_runs(N, [mean_statistic(run) for run in runs])
+    assert sizes == (N, 3)
+    units, times = RNG.integers(0, 3, N), np.array([2.0, 0.0, 1.0])
+    expected = sum(t * np.average(r, weights=units) for t, r in zip(times, runs, strict=True)) / 3
+    assert statistic(np.r_[units, times][None])[0] == pytest.approx(expected)
+    parts = [((N,), mean_statistic(runs[0])), ((N,), mean_statistic(runs[1]))]
+    sizes, statistic = average(parts, drawn=True)
+    assert sizes == (N, N, 2)
+    assert statistic(np.r_[units, np.ones(N), 0.0, 2.0][None])[0] == pytest.approx(runs[1].mean())
+    sizes, statistic = average(parts)
+    both = (np.average(runs[0], weights=units) + runs[1].mean()) / 2
+    assert statistic(np.r_[units, np.ones(N)][None])[0] == pytest.approx(both)
+
+
+def test_each_group_is_drawn_for_itself() -> None:
+    (weights,) = _draws((N, 3), 50, seed=0)
+    assert weights.shape == (50, N + 3)
+    assert set(weights[:, :N].sum(axis=1)) == {N}
+    assert set(weights[:, N:].sum(axis=1)) == {3}
+
+
+def test_noise_between_runs_widens_the_interval() -> None:
+    """Runs that differ by luck alone do not decide anything."""
+    rng = np.random.default_rng(2)
+    units = rng.standard_normal(400)
+    lucky = [mean_statistic(units + shift) for shift in rng.normal(0, 0.3, size=10)]
+    plain = [mean_statistic(units)] * 10
+    bounds = paired_interval(Outcome.of(over_runs(400, lucky)), Outcome.of(over_runs(400, plain)))
+    assert bounds is not None
+    assert bounds[0] < 0 < bounds[1]
+
+
 def test_what_cannot_be_resampled_has_no_interval() -> None:
-    known, unknown = Outcome.of(N, mean_statistic(X)), Outcome(0.5, N)
+    known, unknown = Outcome.of(((N,), mean_statistic(X))), Outcome(0.5)
     assert replicates(unknown, 10) is None
     assert paired_interval(known, unknown) is None
     assert Outcome.mean([known, unknown]).statistic is None
-    with pytest.raises(ShapeError, match="must have the same units, got 60 and 3"):
-        paired_interval(known, Outcome.of(3, mean_statistic(X[:3])))
+    with pytest.raises(ShapeError, match="must have the same units, got \\(60,\\) and \\(3,\\)"):
+        paired_interval(known, Outcome.of(((3,), mean_statistic(X[:3]))))

@@ -446,7 +446,7 @@ def test_any_object_with_run_is_a_task() -> None:
         info = TaskInfo("mine", "Mine", "mine", "test", "norm")
 
         def run(self, encoder: Encoder) -> Outcome:
-            return Outcome.of(1, mean_statistic([float(encoder.encode(["a0"]).shape[1])]))
+            return Outcome.of(((1,), mean_statistic([float(encoder.encode(["a0"]).shape[1])])))
 
     raw, _ = planted()
     assert [row.score for row in run(raw, [Mine()], [Configuration("bulk", 8)])] == [D, 8]

@@ -39,7 +39,8 @@ def row(task: str, configuration: str, dims: int, score: float, **changes: objec
 
 def test_score_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from st_embfilter.plots import save_figure, score_figure
+    from st_embfilter.plots import save_figure
+    from st_embfilter.score_plots import score_figure
 
     rows = [row("a", "raw", 64, 0.3), row("b", "raw", 64, 0.3)]
     rows += [row(t, n, k, 0.3 + k / 99) for t in "ab" for n in ("bulk", "whiten") for k in (32, 8)]
@@ -62,7 +63,7 @@ def test_nothing_of_a_figure_is_cut_off() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from st_embfilter.baselines import baseline_names
-    from st_embfilter.plots import score_figure
+    from st_embfilter.score_plots import score_figure
 
     names = ["bulk", *baseline_names()]
     for tasks in ("a", "abc"):
@@ -79,7 +80,7 @@ def test_nothing_of_a_figure_is_cut_off() -> None:
 
 def test_window_figure() -> None:
     pytest.importorskip("matplotlib")
-    from st_embfilter.plots import window_figure
+    from st_embfilter.score_plots import window_figure
 
     rows = [row("a", "raw", 64, 0.3)]
     rows += [row("a", f"offset:{o}", k, 0.3 + (o == 8) / 9) for o in (0, 8, 16) for k in (16, 32)]

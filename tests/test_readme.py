@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("readme")
     (place / "Qwen").mkdir()
     (place / "Qwen" / "Qwen2.5-0.5B").symlink_to(DEMO_LM)
+    texts = [f"A text about thing {i}." for i in range(120)]
+    (place / "texts.txt").write_text("\n".join(texts))
+    pairs = [f"{a},{texts[i - 1]},{i % 6}" for i, a in enumerate(texts)]
+    (place / "pairs.csv").write_text("sentence1,sentence2,score\n" + "\n".join(pairs))
     code = """
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -85,7 +90,8 @@ def test_shell_lines(place: Path) -> None:
         command = shlex.split(line, comments=True)
         if command[0] != "make":
             assert command[0] == "st-embfilter"
-            run(place, command)
+            if command[1] != "bench" or find_spec("faiss"):  # of the extra `eval`
+                run(place, command)
         elif not WHEEL_ONLY:
             assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.M)
             if command[1] == "demo":  # its recipe; the set-up is what runs this test

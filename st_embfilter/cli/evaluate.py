@@ -126,7 +126,7 @@ def evaluate(
             help="Rows as .jsonl or .csv. (default: results.jsonl in a filtered folder)",
         ),
     ] = None,
-    figure: Annotated[Path | None, typer.Option(help="Figure: .png, .svg or .pdf.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Figure: .png or .svg.")] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder for raw vectors. (default: the user's cache)")
     ] = None,
