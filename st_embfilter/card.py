@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -34,6 +34,8 @@ Form = Literal["portable", "plugin", "package"]
 CARD_FILE: Final = "README.md"
 MODULES_FILE: Final = "modules.json"
 RESULTS_FILE: Final = "results.jsonl"
+#: A section that `st-embfilter lens --section` wrote.
+LENS_FILE: Final = "lens.md"
 
 #: Metadata that a derived model takes over from its base model, and never makes up.
 INHERITED: Final = ("license", "license_name", "license_link", "language")
@@ -145,6 +147,7 @@ class CardFacts:
         sha256: Of its bytes.
         prompt: The recipe as in the metadata; None for plain text.
         calibration: How the filter was calibrated, as in the metadata; None for the filter alone.
+        lens: A section in Markdown about nearest tokens and anisotropy, see `report.card_section`.
         pooling: Mode of `Pooling`.
         normalized: Whether embeddings have unit length.
         max_seq_length: Longest text in tokens.
@@ -169,6 +172,7 @@ class CardFacts:
     sha256: str | None = None
     prompt: Mapping[str, Any] | None = None
     calibration: Calibration | None = None
+    lens: str | None = None
     pooling: str = "mean"
     normalized: bool = False
     max_seq_length: int | None = None
@@ -324,7 +328,7 @@ def card_of_folder(folder: str | os.PathLike[str], *, repo_id: str | None = None
     """Renders the card of a saved model.
 
     Licence and languages come from the card that is there, else from the base model's in the Hub
-    cache. Results come from `results.jsonl`.
+    cache. Results come from `results.jsonl`, what the embeddings say from `lens.md`.
 
     Args:
         folder: A saved filtered model.
@@ -347,6 +351,9 @@ def card_of_folder(folder: str | os.PathLike[str], *, repo_id: str | None = None
     if not facts.inherited and facts.on_hub:
         card = base_card(str(facts.base_model), facts.revision)
         facts = facts_of_files(files, base_card=card, results=rows)
+    section = folder / LENS_FILE
+    if section.is_file():
+        facts = replace(facts, lens=section.read_text(encoding="utf-8", errors="replace"))
     return render(facts, repo_id=repo_id)
 
 

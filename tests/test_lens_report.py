@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import st_embfilter
 from st_embfilter import plots
+from st_embfilter.card import card_of_folder, check_card
 from st_embfilter.cli.app import app
 from st_embfilter.demo import DEMO_TEXTS, Paraphrases
 from st_embfilter.errors import BandError, LensError, OutputError, ProvenanceError
@@ -238,6 +239,20 @@ def test_the_card_section_is_one_table_row_a_text(report: LensReport) -> None:
     assert f"| dimensions | {report.d} | {report.k} |" in lines
     short = card_section(dataclasses.replace(report, study=None))
     assert "Measured on" not in short
+
+
+def test_the_model_card_takes_the_section_up(
+    report: LensReport, saved_demo: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved_demo, tmp_path / "m")
+    without = card_of_folder(folder)
+    assert "What the embeddings say" not in without
+    section = card_section(report)
+    (folder / "lens.md").write_text(section)
+    card = card_of_folder(folder)
+    check_card(card)
+    assert f"\n\n{section.strip()}\n\n## Limits" in card
+    assert card.replace(f"\n{section.strip()}\n", "", 1) == without
 
 
 @pytest.mark.skipif(
