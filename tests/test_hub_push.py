@@ -237,9 +237,7 @@ def test_a_missing_shard_is_noticed(make_lm: MakeLM, tmp_path: Path) -> None:
         validate_folder(saved)
 
 
-def test_an_edited_card_is_pushed_as_it_is(
-    hub: LocalHub, saved_demo: Path, tmp_path: Path
-) -> None:
+def test_an_edited_card_is_pushed_as_it_is(hub: LocalHub, saved_demo: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved_demo, tmp_path / "copy"))
     push_folder(folder, "me/plain", token=TOKEN)
     card = (folder / "README.md").read_text()
