@@ -90,9 +90,10 @@ def load_backbone(
             module_output_name="token_embeddings",
         )
     except (ValueError, OSError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BackboneError(
             "EmbedFilter needs a text backbone that sentence-transformers can load with AutoModel "
-            f"and AutoProcessor, got {name_or_path}: {str(error).strip().splitlines()[0]}"
+            f"and AutoProcessor, got {name_or_path}: {reason}"
         ) from error
     merge_adapter(backbone.auto_model)
     tokenizer = backbone.tokenizer
