@@ -1,16 +1,19 @@
-"""Every block of the README is run as a reader would, with local folders for Hub ids."""
+"""Every block of the README is run as a reader would, with local folders and a local Hub."""
 
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 WHEEL_ONLY = "README_WHEEL_ONLY" in os.environ
+hub_server = import_module("hub_server" if WHEEL_ONLY else "tests.hub_server")
 ROOT = Path(__file__).parent if WHEEL_ONLY else Path(__file__).parents[1]
 BLOCKS = re.findall(
     r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M
@@ -22,8 +25,21 @@ STAND_INS = {"keep=448": "keep=100"}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working directory in which the README's model names are local folders."""
+    environment = {
+        "HF_HOME": str(tmp_path_factory.mktemp("cache")),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": hub_server.TOKEN,
+    }
+    with hub_server.LocalHub().running() as hub, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**environment, "HF_ENDPOINT": hub.url}.items():
+            patch.setenv(name, value)
+        yield furnished(tmp_path_factory)
+
+
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("readme")
     (place / "Qwen").mkdir()
     (place / "Qwen" / "Qwen2.5-0.5B").symlink_to(DEMO_LM)

@@ -98,6 +98,7 @@ def build(
             model,
             keep=width,
             band=band,
+            device=device,
             revision=revision,
             masked_lm=masked_lm,
             trust_remote_code=trust_remote_code,
