@@ -43,7 +43,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             for _ in range(200)
         ]
-        (folder / f"{book}.txt").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+        (folder / f"{book}.txt").write_text(" \n\n".join(lines) + " \n", encoding="utf-8")
     return folder
 
 
