@@ -73,6 +73,7 @@ class Configuration:
             the mean over `seeds`, "random:7" for one seed.
         keep: Ratio of dimensions kept in (0, 1], or their number; None for methods of full width.
         seeds: Seeds of "random".
+        order: Of "optimal", see `Band`; it is measured on a corpus.
 
     Raises:
         BandError: For an unknown name, or `keep` out of range.
@@ -81,6 +82,7 @@ class Configuration:
     name: str
     keep: float | int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
+    order: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         family = self.name.partition(":")[0]
@@ -99,14 +101,16 @@ class Configuration:
 
     @property
     def needs_data(self) -> bool:
-        """Whether it is fitted on texts."""
-        return self.name in FITTED
+        """Whether it was fitted on texts."""
+        return self.name in FITTED or self.order is not None
 
     def bands(self) -> list[Band]:
         """The bands to average over; for other methods one that stands for the width."""
         keep = 1.0 if self.keep is None else self.keep
         if self.name in METHODS:
             return [Band("dominant", keep)]
+        if self.order is not None:
+            return [Band(self.name, keep, order=self.order)]
         if self.name == "random":
             return [Band("random", keep, seed=seed) for seed in self.seeds]
         return [Band.parse(self.name, keep)]
@@ -139,7 +143,7 @@ class Configuration:
             return [Transform(normalize=normalize)]
         if self.name == "truncate":
             return [Transform(torch.eye(d)[:k].contiguous(), None, normalize)]
-        if self.needs_data:
+        if self.name in FITTED:
             return [_fitted(self.name, k, sample, normalize)]
         return [Transform(spectrum.projection(band), None, normalize) for band in self.bands()]
 
@@ -157,8 +161,8 @@ def grid(
 
 def baseline_names() -> list[str]:
     """Everything a filter should be compared with, and the paper's ablation."""
-    bands = [family for family in FAMILIES if family not in ("bulk", "offset")]
-    return ["truncate", *bands, *(method for method in METHODS if method in FITTED)]
+    ablation = ["dominant", "secondary", "edges", "random"]
+    return ["truncate", *ablation, *(method for method in METHODS if method in FITTED)]
 
 
 def _fitted(name: str, k: int, sample: Vectors | None, normalize: bool) -> Transform:

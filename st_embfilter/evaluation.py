@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tqdm.auto import tqdm
 
 from st_embfilter.backbone import DEFAULT_MAX_SEQ_LENGTH
-from st_embfilter.baselines import Configuration, Transform, baseline_names, grid
+from st_embfilter.baselines import FITTED, Configuration, Transform, baseline_names, grid
 from st_embfilter.bootstrap import Floats, Outcome, interval, replicates
 from st_embfilter.build import from_causal_lm, load, open_unembedding
 from st_embfilter.errors import DataError
@@ -204,12 +204,12 @@ def sweep(
             reference: tuple[Outcome, Floats | None] | None = None
             for configuration in chosen:
                 bar.update()
-                own = configuration.needs_data and sample is None
+                own = configuration.name in FITTED and sample is None
                 texts = store.seen(FIT_TEXTS, seed) if own else sample
                 try:
                     outcomes = _outcomes(raw, store, task, configuration, texts)
                 except DataError as error:
-                    if not configuration.needs_data:
+                    if configuration.name not in FITTED:
                         raise
                     logger.warning("%s: left out, %s", task.info.name, error)
                     continue
@@ -232,7 +232,11 @@ def sweep(
                     full_dims=raw.spectrum.d,
                     start=configuration.start(raw.spectrum.d),
                     needs_data=configuration.needs_data,
-                    fitted_on=fitted_on if configuration.needs_data else None,
+                    fitted_on=fitted_on
+                    if configuration.name in FITTED
+                    else "token counts"
+                    if configuration.needs_data
+                    else None,
                     score=outcome.score,
                     low=None if scores is None else scores[0],
                     high=None if scores is None else scores[1],

@@ -240,6 +240,18 @@ def test_baselines_that_need_data_say_so_and_need_enough() -> None:
         Configuration("whiten", 16).transforms(raw.spectrum, np.zeros((16, D), dtype=np.float32))
 
 
+def test_a_measured_order_is_a_configuration() -> None:
+    raw, rows = planted()
+    order = (*range(8, 16), *range(8), *range(16, D))
+    found = run(
+        raw, [sts(rows)], [Configuration("optimal", 8, order=order), Configuration("offset:8", 8)]
+    )
+    assert found[1].score == found[2].score
+    assert (found[1].needs_data, found[1].fitted_on) == (True, "token counts")
+    with pytest.raises(BandError, match=r"measure one with spectroscopy.optimal_band"):
+        Configuration("optimal", 8)
+
+
 def test_given_texts_are_what_is_fitted_on() -> None:
     raw, rows = planted()
     others = [first for first, _, _ in rows[:100]]
