@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from st_embfilter.errors import BandError, DataError
+from st_embfilter.layer import EmbedFilterLayer
 from st_embfilter.spectrum import FAMILIES, Band, Spectrum
 from st_embfilter.vectors import Vectors
 
@@ -26,6 +27,7 @@ METHODS: Final[dict[str, str]] = {
     "all-but-the-top": "subtracts the mean and removes the d/100 strongest principal components",
     "pca": "keeps the strongest principal components of sample texts",
     "whiten": "keeps them and gives them equal variance",
+    "calibrated": "what the calibrated filter of a saved model does",
 }
 
 #: Methods that are fitted on texts, which EmbedFilter is not.
@@ -39,17 +41,19 @@ RATIOS: Final = (1 / 2, 1 / 4, 1 / 8)
 
 @dataclass(frozen=True)
 class Transform:
-    """x -> (x - mean) matrix^T in float32, then unit length if asked for.
+    """x -> (x - mean) matrix^T + bias in float32, then unit length if asked for.
 
     Attributes:
         matrix: (k, d) float32, or None for the identity.
         mean: (d,) float32, or None for zero.
         normalize: Scale the result to unit length.
+        bias: (k,) float32, or None for zero.
     """
 
     matrix: Tensor | None = None
     mean: Tensor | None = None
     normalize: bool = False
+    bias: Tensor | None = None
 
     def __call__(self, vectors: Vectors) -> Vectors:
         """Maps (n, d) to (n, k)."""
@@ -57,7 +61,7 @@ class Transform:
         if self.mean is not None:
             x = x - self.mean
         if self.matrix is not None:
-            x = torch.nn.functional.linear(x, self.matrix)
+            x = torch.nn.functional.linear(x, self.matrix, self.bias)
         if self.normalize:
             x = torch.nn.functional.normalize(x, dim=1)
         result: Vectors = x.numpy()
@@ -102,7 +106,7 @@ class Configuration:
     @property
     def needs_data(self) -> bool:
         """Whether it was fitted on texts."""
-        return self.name in FITTED or self.order is not None
+        return self.name in FITTED or self.name == "calibrated" or self.order is not None
 
     def bands(self) -> list[Band]:
         """The bands to average over; for other methods one that stands for the width."""
@@ -124,7 +128,12 @@ class Configuration:
         return None if self.name in METHODS else self.bands()[0].start(d)
 
     def transforms(
-        self, spectrum: Spectrum, sample: Vectors | None = None, *, normalize: bool = False
+        self,
+        spectrum: Spectrum,
+        sample: Vectors | None = None,
+        *,
+        normalize: bool = False,
+        layer: EmbedFilterLayer | None = None,
     ) -> list[Transform]:
         """Its maps; several for a mean over seeds.
 
@@ -132,9 +141,10 @@ class Configuration:
             spectrum: Of the model's unembedding matrix.
             sample: (n, d) raw vectors for the methods that are fitted.
             normalize: Scale results to unit length.
+            layer: The saved model's filter, for "calibrated".
 
         Raises:
-            BandError: If it does not fit into the width.
+            BandError: If it does not fit into the width, or there is no such filter.
             DataError: If there is no sample, or too small a one.
         """
         d = spectrum.d
@@ -143,6 +153,21 @@ class Configuration:
             return [Transform(normalize=normalize)]
         if self.name == "truncate":
             return [Transform(torch.eye(d)[:k].contiguous(), None, normalize)]
+        if self.name == "calibrated":
+            if layer is None or k > layer.out_features:
+                raise BandError(
+                    f"'calibrated' at {k} dimensions must be a calibrated model's folder at least "
+                    f"as wide, got {'none' if layer is None else layer.out_features}"
+                )
+            bias = layer.linear.bias
+            return [
+                Transform(
+                    layer.projection[:k].cpu(),
+                    None,
+                    normalize,
+                    None if bias is None else bias[:k].cpu(),
+                )
+            ]
         if self.name in FITTED:
             return [_fitted(self.name, k, sample, normalize)]
         return [Transform(spectrum.projection(band), None, normalize) for band in self.bands()]
