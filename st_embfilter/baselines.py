@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from st_embfilter.errors import BandError, DataError
+from st_embfilter.layer import EmbedFilterLayer
 from st_embfilter.spectrum import FAMILIES, Band, Spectrum
 from st_embfilter.vectors import Vectors
 
@@ -26,6 +27,7 @@ METHODS: Final[dict[str, str]] = {
     "all-but-the-top": "subtracts the mean and removes the d/100 strongest principal components",
     "pca": "keeps the strongest principal components of sample texts",
     "whiten": "keeps them and gives them equal variance",
+    "calibrated": "what the calibrated filter of a saved model does",
 }
 
 #: Methods that are fitted on texts, which EmbedFilter is not.
@@ -39,17 +41,19 @@ RATIOS: Final = (1 / 2, 1 / 4, 1 / 8)
 
 @dataclass(frozen=True)
 class Transform:
-    """x -> (x - mean) matrix^T in float32, then unit length if asked for.
+    """x -> (x - mean) matrix^T + bias in float32, then unit length if asked for.
 
     Attributes:
         matrix: (k, d) float32, or None for the identity.
         mean: (d,) float32, or None for zero.
         normalize: Scale the result to unit length.
+        bias: (k,) float32, or None for zero.
     """
 
     matrix: Tensor | None = None
     mean: Tensor | None = None
     normalize: bool = False
+    bias: Tensor | None = None
 
     def __call__(self, vectors: Vectors) -> Vectors:
         """Maps (n, d) to (n, k)."""
@@ -57,7 +61,7 @@ class Transform:
         if self.mean is not None:
             x = x - self.mean
         if self.matrix is not None:
-            x = torch.nn.functional.linear(x, self.matrix)
+            x = torch.nn.functional.linear(x, self.matrix, self.bias)
         if self.normalize:
             x = torch.nn.functional.normalize(x, dim=1)
         result: Vectors = x.numpy()
@@ -73,6 +77,7 @@ class Configuration:
             the mean over `seeds`, "random:7" for one seed.
         keep: Ratio of dimensions kept in (0, 1], or their number; None for methods of full width.
         seeds: Seeds of "random".
+        order: Of "optimal", see `Band`; it is measured on a corpus.
 
     Raises:
         BandError: For an unknown name, or `keep` out of range.
@@ -81,6 +86,7 @@ class Configuration:
     name: str
     keep: float | int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
+    order: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         family = self.name.partition(":")[0]
@@ -99,14 +105,16 @@ class Configuration:
 
     @property
     def needs_data(self) -> bool:
-        """Whether it is fitted on texts."""
-        return self.name in FITTED
+        """Whether it was fitted on texts."""
+        return self.name in FITTED or self.name == "calibrated" or self.order is not None
 
     def bands(self) -> list[Band]:
         """The bands to average over; for other methods one that stands for the width."""
         keep = 1.0 if self.keep is None else self.keep
         if self.name in METHODS:
             return [Band("dominant", keep)]
+        if self.order is not None:
+            return [Band(self.name, keep, order=self.order)]
         if self.name == "random":
             return [Band("random", keep, seed=seed) for seed in self.seeds]
         return [Band.parse(self.name, keep)]
@@ -120,7 +128,12 @@ class Configuration:
         return None if self.name in METHODS else self.bands()[0].start(d)
 
     def transforms(
-        self, spectrum: Spectrum, sample: Vectors | None = None, *, normalize: bool = False
+        self,
+        spectrum: Spectrum,
+        sample: Vectors | None = None,
+        *,
+        normalize: bool = False,
+        layer: EmbedFilterLayer | None = None,
     ) -> list[Transform]:
         """Its maps; several for a mean over seeds.
 
@@ -128,9 +141,10 @@ class Configuration:
             spectrum: Of the model's unembedding matrix.
             sample: (n, d) raw vectors for the methods that are fitted.
             normalize: Scale results to unit length.
+            layer: The saved model's filter, for "calibrated".
 
         Raises:
-            BandError: If it does not fit into the width.
+            BandError: If it does not fit into the width, or there is no such filter.
             DataError: If there is no sample, or too small a one.
         """
         d = spectrum.d
@@ -139,7 +153,22 @@ class Configuration:
             return [Transform(normalize=normalize)]
         if self.name == "truncate":
             return [Transform(torch.eye(d)[:k].contiguous(), None, normalize)]
-        if self.needs_data:
+        if self.name == "calibrated":
+            if layer is None or k > layer.out_features:
+                raise BandError(
+                    f"'calibrated' at {k} dimensions must be a calibrated model's folder at least "
+                    f"as wide, got {'none' if layer is None else layer.out_features}"
+                )
+            bias = layer.linear.bias
+            return [
+                Transform(
+                    layer.projection[:k].cpu(),
+                    None,
+                    normalize,
+                    None if bias is None else bias[:k].cpu(),
+                )
+            ]
+        if self.name in FITTED:
             return [_fitted(self.name, k, sample, normalize)]
         return [Transform(spectrum.projection(band), None, normalize) for band in self.bands()]
 
@@ -157,8 +186,8 @@ def grid(
 
 def baseline_names() -> list[str]:
     """Everything a filter should be compared with, and the paper's ablation."""
-    bands = [family for family in FAMILIES if family not in ("bulk", "offset")]
-    return ["truncate", *bands, *(method for method in METHODS if method in FITTED)]
+    ablation = ["dominant", "secondary", "edges", "random"]
+    return ["truncate", *ablation, *(method for method in METHODS if method in FITTED)]
 
 
 def _fitted(name: str, k: int, sample: Vectors | None, normalize: bool) -> Transform:

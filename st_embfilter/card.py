@@ -420,7 +420,7 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
             metric_value=round(100 * result.score, 2),
         )
         for result in facts.results
-        if result.source is None and result.configuration == facts.band and result.dims <= facts.k
+        if result.source is None and result.configuration == _own(facts) and result.dims <= facts.k
     ]
     index = eval_results_to_model_index(facts.name, scores) if scores else None
     return data | own | ({"model-index": index} if index else {})
@@ -442,13 +442,18 @@ def _widths(facts: CardFacts) -> list[dict[str, str]]:
     ]
 
 
+def _own(facts: CardFacts) -> str:
+    """What this model is called in results."""
+    return facts.band if facts.calibration is None else "calibrated"
+
+
 def _tables(facts: CardFacts, results: Sequence[Score]) -> Iterator[dict[str, Any]]:
     """Tables of at most eight datasets: raw and this model's band in its widths, one a row."""
     shown = [
         result
         for result in results
         if result.configuration == "raw"
-        or (result.configuration == facts.band and result.dims <= facts.k)
+        or (result.configuration == _own(facts) and result.dims <= facts.k)
     ]
     settings = sorted({(r.configuration != "raw", -r.dims, r.configuration) for r in shown})
     columns = list(dict.fromkeys((r.task, r.dataset, r.split, r.metric) for r in shown))

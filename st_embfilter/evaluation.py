@@ -15,14 +15,14 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tqdm.auto import tqdm
 
 from st_embfilter.backbone import DEFAULT_MAX_SEQ_LENGTH
-from st_embfilter.baselines import Configuration, Transform, baseline_names, grid
+from st_embfilter.baselines import FITTED, Configuration, Transform, baseline_names, grid
 from st_embfilter.bootstrap import Floats, Outcome, interval, replicates
 from st_embfilter.build import from_causal_lm, load, open_unembedding
 from st_embfilter.errors import DataError
 from st_embfilter.layer import EmbedFilterLayer, filter_of
 from st_embfilter.metadata import METADATA_FILE
 from st_embfilter.results import Result
-from st_embfilter.spectrum import Band, Spectrum
+from st_embfilter.spectrum import Spectrum
 from st_embfilter.tasks import Releasable, Task
 from st_embfilter.vectors import Vectors, VectorStore
 
@@ -42,7 +42,7 @@ class RawModel:
         name: Folder name or Hub id.
         prompt: Prompt recipe, None for plain text.
         normalize: Whether its embeddings are to have unit length.
-        band: The band that was taken off, of a filtered model's folder.
+        layer: The filter that was taken off, of a filtered model's folder.
     """
 
     model: SentenceTransformer
@@ -50,7 +50,7 @@ class RawModel:
     name: str | None = None
     prompt: str | None = None
     normalize: bool = False
-    band: Band | None = None
+    layer: EmbedFilterLayer | None = None
 
     @property
     def pooling(self) -> str | None:
@@ -118,7 +118,7 @@ def raw_model(
         Path(name).resolve().name if Path(name).is_dir() else name,
         prompt or (None if recipe is None else str(recipe.get("recipe", "custom"))),
         unit,
-        layer.metadata.band if layer is not None and is_filtered else None,
+        layer if is_filtered else None,
     )
 
 
@@ -204,12 +204,12 @@ def sweep(
             reference: tuple[Outcome, Floats | None] | None = None
             for configuration in chosen:
                 bar.update()
-                own = configuration.needs_data and sample is None
+                own = configuration.name in FITTED and sample is None
                 texts = store.seen(FIT_TEXTS, seed) if own else sample
                 try:
                     outcomes = _outcomes(raw, store, task, configuration, texts)
                 except DataError as error:
-                    if not configuration.needs_data:
+                    if configuration.name not in FITTED:
                         raise
                     logger.warning("%s: left out, %s", task.info.name, error)
                     continue
@@ -232,7 +232,7 @@ def sweep(
                     full_dims=raw.spectrum.d,
                     start=configuration.start(raw.spectrum.d),
                     needs_data=configuration.needs_data,
-                    fitted_on=fitted_on if configuration.needs_data else None,
+                    fitted_on=_fitted_on(configuration, fitted_on),
                     score=outcome.score,
                     low=None if scores is None else scores[0],
                     high=None if scores is None else scores[1],
@@ -257,6 +257,14 @@ def sweep(
                 task.release()
 
 
+def _fitted_on(configuration: Configuration, texts: str) -> str | None:
+    if configuration.name in FITTED:
+        return texts
+    if configuration.name == "calibrated":
+        return "its calibration texts"
+    return "token counts" if configuration.order is not None else None
+
+
 def _outcomes(
     raw: RawModel,
     store: VectorStore,
@@ -264,5 +272,7 @@ def _outcomes(
     configuration: Configuration,
     sample: Vectors | None,
 ) -> list[Outcome]:
-    transforms = configuration.transforms(raw.spectrum, sample, normalize=raw.normalize)
+    transforms = configuration.transforms(
+        raw.spectrum, sample, normalize=raw.normalize, layer=raw.layer
+    )
     return [task.run(Filtered(store, transform)) for transform in transforms]

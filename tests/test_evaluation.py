@@ -132,7 +132,8 @@ def test_scores_are_those_of_saved_models(saved_demo: Path, tmp_path: Path) -> N
 def test_the_folder_of_a_filtered_model_brings_its_settings(saved_demo: Path) -> None:
     of_lm = raw_model(DEMO_LM, device="cpu", show_progress_bar=False)
     of_folder = raw_model(saved_demo, device="cpu", show_progress_bar=False)
-    assert (of_folder.band, of_lm.band) == (Band("bulk", 0.5), None)
+    assert of_folder.layer is not None
+    assert (of_folder.layer.metadata.band, of_lm.layer) == (Band("bulk", 0.5), None)
     assert torch.equal(of_folder.spectrum.directions, of_lm.spectrum.directions)
     assert fingerprint(of_folder.model) == fingerprint(of_lm.model)
     unit = st_embfilter.from_causal_lm(
@@ -191,6 +192,23 @@ def test_retrieval_by_hand() -> None:
     assert task.run(encoder).score == pytest.approx((first + second) / 2)
 
 
+def test_a_calibrated_model_is_measured_as_it_is(make_lm: MakeLM) -> None:
+    folder, _ = make_lm()
+    texts = [f"w{20 + i} w{170 - i}" for i in range(60)]
+    model = st_embfilter.from_causal_lm(
+        folder, keep=8, calibrate=texts, device="cpu", show_progress_bar=False
+    )
+    saved = st_embfilter.save_pretrained(model, folder.with_name("calibrated"))
+    raw = raw_model(saved, device="cpu", show_progress_bar=False)
+    store = VectorStore(raw.model, show_progress_bar=False)
+    for k in (8, 4):
+        (transform,) = Configuration("calibrated", k).transforms(raw.spectrum, layer=raw.layer)
+        plain = SentenceTransformer(str(saved), truncate_dim=k, device="cpu")
+        assert np.abs(Filtered(store, transform).encode(texts) - plain.encode(texts)).max() < 1e-5
+    with pytest.raises(BandError, match="'calibrated' at 9 dimensions must be"):
+        Configuration("calibrated", 9).transforms(raw.spectrum, layer=raw.layer)
+
+
 # Baselines ---------------------------------------------------------------------------------------
 
 
@@ -238,6 +256,18 @@ def test_baselines_that_need_data_say_so_and_need_enough() -> None:
     assert {row.fitted_on for row in found} == {None, "the task's own texts"}
     with pytest.raises(DataError, match="whiten to 16 dimensions must be fitted on at least 17"):
         Configuration("whiten", 16).transforms(raw.spectrum, np.zeros((16, D), dtype=np.float32))
+
+
+def test_a_measured_order_is_a_configuration() -> None:
+    raw, rows = planted()
+    order = (*range(8, 16), *range(8), *range(16, D))
+    found = run(
+        raw, [sts(rows)], [Configuration("optimal", 8, order=order), Configuration("offset:8", 8)]
+    )
+    assert found[1].score == found[2].score
+    assert (found[1].needs_data, found[1].fitted_on) == (True, "token counts")
+    with pytest.raises(BandError, match=r"measure one with spectroscopy.optimal_band"):
+        Configuration("optimal", 8)
 
 
 def test_given_texts_are_what_is_fitted_on() -> None:

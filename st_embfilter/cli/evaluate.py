@@ -17,6 +17,7 @@ from rich.table import Table
 from st_embfilter.cli.app import Quiet, app, escape, out, parse_keep, quiet_libraries
 
 if TYPE_CHECKING:
+    from st_embfilter.baselines import Configuration
     from st_embfilter.evaluation import RawModel
     from st_embfilter.results import Result
     from st_embfilter.search import WindowSearch
@@ -139,7 +140,6 @@ def evaluate(
     keeps = [parse_keep(text) for text in keep or ()]
     quiet_libraries(model, quiet)
     logging.getLogger("mteb").setLevel(logging.ERROR)
-    from st_embfilter.baselines import RATIOS, baseline_names, grid
     from st_embfilter.data import read_texts
     from st_embfilter.evaluation import raw_model, sweep
     from st_embfilter.metadata import METADATA_FILE
@@ -170,15 +170,11 @@ def evaluate(
         device=device,
         show_progress_bar=not quiet,
     )
-    own = None if raw.band is None else raw.band.width(raw.spectrum.d)
-    widths = keeps or (RATIOS if own is None else [max(1, own // ratio) for ratio in (1, 2, 4)])
-    filters = band or ["bulk" if raw.band is None else str(raw.band)]
-    compared = [name for name in baseline_names() if baselines and name not in filters]
-    configurations = grid([*filters, *compared], widths)
+    configurations = _configurations(raw, band, keeps, baselines)
     tasks: list[Task] = [*local, *_mteb_tasks(raw, names)]
     place = None if no_cache else cache or _default_cache()
     command = shlex.join(["st-embfilter", *sys.argv[1:]])
-    if output is None and (Path(model) / METADATA_FILE).is_file():
+    if output is None and not search and (Path(model) / METADATA_FILE).is_file():
         output = Path(model) / RESULTS_FILE
     if search:
         rows = _search(raw, local, tasks, chooses, model, place, batch_size, figure, quiet)
@@ -187,18 +183,24 @@ def evaluate(
             write_results(rows, output)
     else:
         rows = []
-        for row in sweep(
-            raw,
-            tasks,
-            configurations,
-            fit_texts=sample,
-            cache=place,
-            batch_size=batch_size,
-            show_progress_bar=not quiet,
-        ):
-            rows.append(replace(row, command=command))
-            if output is not None:
-                write_results(rows, output)  # what is measured is kept, come what may
+        try:
+            for row in sweep(
+                raw,
+                tasks,
+                configurations,
+                fit_texts=sample,
+                cache=place,
+                batch_size=batch_size,
+                show_progress_bar=not quiet,
+            ):
+                rows.append(replace(row, command=command))
+        except BaseException:
+            # Older results stay as they are, and what was measured is not lost.
+            if output is not None and rows:
+                write_results(rows, output.with_name(f"{output.stem}.partial{output.suffix}"))
+            raise
+        if output is not None:
+            write_results(rows, output)
         show(rows)
         if figure is not None:
             from st_embfilter.plots import save_figure
@@ -242,6 +244,22 @@ def show(rows: Sequence[Result]) -> None:
     if any(row.std is not None for row in rows):
         legend += "; ± standard deviation over seeds"
     out.print(legend, highlight=False)
+
+
+def _configurations(
+    raw: RawModel, band: list[str] | None, keeps: list[float | int], baselines: bool
+) -> list[Configuration]:
+    """What was asked for; by default what a saved model is, or the filter at the paper's ratios."""
+    from st_embfilter.baselines import RATIOS, baseline_names, grid
+
+    filters, widths = band or ["bulk"], keeps or list(RATIOS)
+    if raw.layer is not None:
+        metadata = raw.layer.metadata
+        calibrated = [] if metadata.calibration is None else ["calibrated"]
+        filters = band or [*calibrated, str(metadata.band)]
+        widths = keeps or [max(1, metadata.k // ratio) for ratio in (1, 2, 4)]
+    compared = [name for name in baseline_names() if baselines and name not in filters]
+    return grid([*filters, *compared], widths)
 
 
 def _mteb_tasks(raw: RawModel, names: Sequence[str]) -> Sequence[Task]:
