@@ -18,15 +18,16 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.conftest import DEMO_LM
 
+TRAINING = DEMO_LM / "training"
 SCRIPTS = ("prepare", "train", "check_overlap", "plot_loss")
 
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, ModuleType]]:
     """The scripts as modules, found as Python finds them when one is run."""
-    sys.path.insert(0, str(DEMO_LM))
+    sys.path.insert(0, str(TRAINING))
     yield {name: importlib.import_module(name) for name in SCRIPTS}
-    sys.path.remove(str(DEMO_LM))
+    sys.path.remove(str(TRAINING))
     for name in SCRIPTS:
         del sys.modules[name]
 
@@ -50,7 +51,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe() -> dict[str, Any]:
     """The recipe with everything small."""
-    recipe: dict[str, Any] = json.loads((DEMO_LM / "recipe.json").read_text())
+    recipe: dict[str, Any] = json.loads((TRAINING / "recipe.json").read_text())
     recipe["model"] |= {"vocab_size": 280, "hidden_size": 16, "intermediate_size": 24}
     recipe["model"] |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     recipe["model"] |= {"num_key_value_heads": 2, "head_dim": 8}
@@ -66,7 +67,7 @@ def losses(log: Path, key: str = "loss") -> dict[int, float]:
 
 
 def test_the_recipe_is_the_one_of_the_bundled_model() -> None:
-    recipe = json.loads((DEMO_LM / "recipe.json").read_text())
+    recipe = json.loads((TRAINING / "recipe.json").read_text())
     assert json.dumps(recipe["model"], indent=2) == (DEMO_LM / "config.json").read_text()
     with torch.device("meta"):
         config = LlamaForCausalLM.config_class.from_dict(recipe["model"])
@@ -217,7 +218,7 @@ def test_each_epoch_reads_every_window_once(
 
 def test_the_rate_warms_up_and_falls(scripts: dict[str, ModuleType]) -> None:
     train = scripts["train"]
-    settings = json.loads((DEMO_LM / "recipe.json").read_text())["training"]
+    settings = json.loads((TRAINING / "recipe.json").read_text())["training"]
     rates = [train.rate(step, train.Training(**settings)) for step in (1, 50, 100, 905, 1710)]
     assert rates == pytest.approx([3e-5, 1.5e-3, 3e-3, 3e-3 * 0.525, 1.5e-4])
 
