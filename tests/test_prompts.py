@@ -90,6 +90,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], S
             model = st_embfilter.from_causal_lm(
                 source, prompt=recipe, max_seq_length=LIMIT, device="cpu", show_progress_bar=False
             )
+            model.preprocess(EDGES)  # which leaves its truncation and padding in the tokenizer
             saved = st_embfilter.save_pretrained(model, root / f"{style}-{name}")
             found[style, name] = Sample(style, source, model, saved)
     return found
@@ -455,6 +456,8 @@ def test_own_saving_of_sentence_transformers_keeps_the_prompt(
         sample.model.save_pretrained(str(path))
         again = SentenceTransformer(str(path), device="cpu", trust_remote_code=True)
         assert unpadded(again.preprocess(EDGES)) == unpadded(sample.model.preprocess(EDGES))
+        config = json.loads((path / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 # Recipes as data --------------------------------------------------------------------------------
