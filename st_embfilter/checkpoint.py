@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import struct
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final, TypeGuard, TypeVar
 
 import torch
@@ -43,8 +45,8 @@ _Found = TypeVar("_Found")
 MAX_HEADER_BYTES: Final = 100_000_000
 
 
-#: Longest file name that file systems take.
-MAX_NAME: Final = 255
+#: A name in the same folder, no longer than file systems take.
+_PLAIN_NAME: Final = re.compile(r"(?!\.{1,2}$)[^/\\\0]{1,255}")
 
 
 @dataclass(frozen=True)
@@ -396,7 +398,7 @@ def check_layout(header: dict[str, object], data_size: int, file: str) -> None:
             raise UnembeddingError(f"the header entry of {name!r} must be an object, got {entry!r}")
         if not (_is_ints(offsets) and len(offsets) == 2):
             raise UnembeddingError(
-                f"the header entry of {name!r} must give data_offsets as two whole numbers, got "
+                f"the header entry of {name!r} must give data_offsets as whole numbers, got "
                 f"{offsets!r:.80}"
             )
         spans.append((offsets[0], offsets[1], name))
@@ -451,14 +453,7 @@ def parse_index(data: bytes, file: str) -> dict[str, str]:
             f"{file} must hold a non-empty object 'weight_map', got {files!r:.80}"
         )
     for shard in files.values():
-        plain = isinstance(shard, str) and PurePosixPath(shard).name == shard
-        if (
-            not plain
-            or len(shard) > MAX_NAME
-            or shard in ("", "..")
-            or "\\" in shard
-            or "\0" in shard
-        ):
+        if not isinstance(shard, str) or not _PLAIN_NAME.fullmatch(shard):
             raise UnembeddingError(
                 f"every file in the weight_map of {file} must be a plain file name, got "
                 f"{shard!r:.200}"
@@ -499,8 +494,8 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     # JSON allows a name twice, and every reader picks another one.
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        doubled = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        doubled = counts.most_common(1)[0][0]
         raise ValueError(f"the name {doubled!r:.80} twice")
     return found
 

@@ -335,8 +335,7 @@ def assemble(
     if not fits or not bool(torch.isfinite(projection).all()):
         raise FormatError(
             f"the projection must be finite and of shape {expected} as {METADATA_FILE} says, got "
-            f"{projection.dtype} of shape {tuple(projection.shape)}; the files do not belong "
-            "together"
+            f"shape {tuple(projection.shape)} and {projection.dtype}; the files do not belong together"
         )
     if metadata.calibration is None and _skew(projection) > MAX_SKEW:
         raise FormatError(
