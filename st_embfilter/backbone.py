@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from st_embfilter.checkpoint import check_inside
 from st_embfilter.errors import BackboneError, UnembeddingError
 
 #: What `SentenceTransformer` calls on a plain text backbone. Given explicitly, because it would
@@ -79,6 +80,8 @@ def load_backbone(
             f"a backbone must be a transformers checkpoint, got {name_or_path}; load the model it "
             "was made from and give the GGUF file to add_filter as unembedding="
         )
+    if os.path.isdir(name_or_path):
+        check_links(Path(name_or_path))
     hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     try:
         backbone: Transformer = module_class(
@@ -89,11 +92,11 @@ def load_backbone(
             modality_config=modality_config,
             module_output_name="token_embeddings",
         )
-    except (ValueError, OSError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # files of strangers fail in many ways, all mean the same
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BackboneError(
             "EmbedFilter needs a text backbone that sentence-transformers can load with AutoModel "
-            f"and AutoProcessor, got {name_or_path}: {reason}"
+            f"and AutoProcessor, got {name_or_path}: {reason[0]:.300}"
         ) from error
     merge_adapter(backbone.auto_model)
     tokenizer = backbone.tokenizer
@@ -101,12 +104,39 @@ def load_backbone(
         raise BackboneError(
             f"EmbedFilter needs a text tokenizer, got none in {name_or_path}; add tokenizer files"
         )
+    if not _makes_tokens(tokenizer):
+        raise BackboneError(
+            "EmbedFilter needs a tokenizer with a vocabulary, got one that makes no tokens in "
+            f"{name_or_path}; add the tokenizer files of the model"
+        )
     ensure_pad_token(tokenizer)
     tokenizer.padding_side = "right"
     if max_seq_length is not None:
         limit = backbone.max_seq_length
         backbone.max_seq_length = max_seq_length if limit is None else min(max_seq_length, limit)
     return backbone
+
+
+def check_links(folder: Path) -> None:
+    """Checks that no file of a checkpoint folder is a link out of it, see `check_inside`.
+
+    Raises:
+        LinkError: Names the link.
+    """
+    for path in folder.iterdir():
+        if path.is_symlink() and _is_backbone_file(path.name):
+            check_inside(path, folder)
+
+
+def _is_backbone_file(name: str) -> bool:
+    return any(pattern.fullmatch(name) for pattern in (_BACKBONE_FILES, _SAFETENSORS, _TORCH_FILES))
+
+
+def _makes_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        return bool(tokenizer("a text", add_special_tokens=False)["input_ids"])
+    except Exception:  # tokenizers raises nothing narrower
+        return False
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

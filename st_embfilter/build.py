@@ -33,7 +33,9 @@ from st_embfilter.calibration import (
     texts_hash,
 )
 from st_embfilter.errors import (
+    BackboneError,
     CalibrationError,
+    EmbedFilterError,
     FormatError,
     HubError,
     PlacementError,
@@ -41,9 +43,15 @@ from st_embfilter.errors import (
     ShapeError,
     UnembeddingError,
 )
-from st_embfilter.hub import is_repo_id
+from st_embfilter.hub import is_repo_id, model_files
 from st_embfilter.layer import EmbedFilterLayer, check_placement, filter_of
 from st_embfilter.metadata import FilterMetadata
+from st_embfilter.modules_file import (
+    MODULES_FILE,
+    check_dense_config,
+    filter_module,
+    parse_modules,
+)
 from st_embfilter.prompting import apply_recipe, modality_config, transformer_class
 from st_embfilter.prompts import Encoding, Recipe, parse_prompt
 from st_embfilter.sampling import sample_texts
@@ -413,22 +421,57 @@ def load(
         FormatError: If the folder holds no filter, or its files contradict each other.
     """
     name = os.fspath(path)
-    model = SentenceTransformer(name, trust_remote_code=trust_remote_code, **kwargs)
+    layer = check_saved(name, trust_remote_code=trust_remote_code, **kwargs)
+    try:
+        model = SentenceTransformer(name, trust_remote_code=trust_remote_code, **kwargs)
+    except EmbedFilterError:
+        raise
+    except Exception as error:  # files of strangers fail in many ways, all mean the same
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BackboneError(
+            f"a saved model must load with sentence-transformers, got {name}: {reason[0]:.300}"
+        ) from error
     if filter_of(model) is not None:
         return model
-    dense = [i for i, module in enumerate(model.children()) if isinstance(module, Dense)]
-    if len(dense) != 1:
-        raise FormatError(
-            f"a filtered model must hold one Dense module, got {len(dense)} in {name}; load it "
-            "with SentenceTransformer"
-        )
-    position = dense[0]
-    layer = load_filter(name, **kwargs)
     children = list(model.children())
+    position = next(i for i, module in enumerate(children) if isinstance(module, Dense))
     children[position] = layer.to(model.device)
     check_placement(children)
     _set_modules(model, dict(zip(dict(model.named_children()), children, strict=True)))
     return model
+
+
+def check_saved(
+    path: str | os.PathLike[str], *, trust_remote_code: bool = False, **kwargs: Any
+) -> EmbedFilterLayer:
+    """Checks a saved filtered model as far as its small files go, and loads its filter.
+
+    Args:
+        path: Folder or Hub id of a filtered model, in either form.
+        trust_remote_code: Whether `modules.json` may name classes of other packages.
+        **kwargs: As in `load_filter`.
+
+    Raises:
+        FormatError: If there is no filter, or its files contradict each other.
+        PlacementError: If the filter stands in the wrong place.
+    """
+    where = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+    files = model_files(path, **where)
+    modules_file = files.path(MODULES_FILE)
+    if modules_file is None:
+        raise FormatError(
+            f"a filtered model must hold {MODULES_FILE}, got none in {files.where}; build one with "
+            "from_causal_lm or `st-embfilter build`"
+        )
+    modules = parse_modules(modules_file.read_bytes())
+    module = filter_module(modules, trust_remote_code=trust_remote_code)
+    layer = load_filter(path, **kwargs)
+    config = files.path(f"{module.path}/config.json")
+    if config is None:
+        raise FormatError(f"a filtered model must hold {module.path}/config.json, got none")
+    d, k = layer.in_features, layer.out_features
+    check_dense_config(config.read_bytes(), d=d, k=k, bias=layer.bias)
+    return layer
 
 
 def load_filter(path: str | os.PathLike[str], **kwargs: Any) -> EmbedFilterLayer:

@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import struct
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
-from st_embfilter.errors import UnembeddingError
+from st_embfilter.errors import LinkError, UnembeddingError
 
 SAFETENSORS_DTYPES: Final[dict[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -41,6 +43,10 @@ _Found = TypeVar("_Found")
 
 #: The safetensors format allows headers up to this size.
 MAX_HEADER_BYTES: Final = 100_000_000
+
+
+#: A name in the same folder, no longer than file systems take.
+_PLAIN_NAME: Final = re.compile(r"(?!\.{1,2}$)[^/\\\0]{1,255}")
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,9 @@ class SafetensorsFile(ABC):
     def header(self) -> tuple[dict[str, object], int]:
         """The header without its `__metadata__`, and where the data starts."""
         length = header_length(self.read(0, min(8, self.size)), self.size, self.name)
-        return parse_header(self.read(8, length), self.name), 8 + length
+        header = parse_header(self.read(8, length), self.name)
+        check_layout(header, self.size - 8 - length, self.name)
+        return header, 8 + length
 
     def tensor(self, name: str) -> StoredTensor:
         """The matrix of that name; only the header is read now."""
@@ -190,9 +198,16 @@ class FolderFiles(ModelFiles):
         self.name = self.where = str(folder)
 
     def path(self, file: str) -> Path | None:
-        """The file's path."""
+        """The file's path.
+
+        Raises:
+            LinkError: If it is a symbolic link out of the folder.
+        """
         path = self._folder / file
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        check_inside(path, self._folder)
+        return path
 
     def open(self, file: str) -> SafetensorsFile | None:
         """The file on disk."""
@@ -243,10 +258,11 @@ class TorchCheckpoint(Checkpoint):
     def tensor(self, name: str) -> StoredTensor:
         """The matrix of that name, mapped from disk."""
         tensor = self._load(self._places[name]).get(name)
-        if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not isinstance(tensor, Tensor) or not dense or not tensor.dtype.is_floating_point:
             raise UnembeddingError(
-                f"{self._places[name]} must hold {name!r} as a floating tensor, got "
-                f"{getattr(tensor, 'dtype', type(tensor).__name__)}"
+                f"{self._places[name]} must hold {name!r} as a dense floating tensor, got "
+                f"{getattr(tensor, 'layout', '')} {getattr(tensor, 'dtype', type(tensor).__name__)}"
             )
         return StoredTensor.of(name, tensor)
 
@@ -257,14 +273,16 @@ class TorchCheckpoint(Checkpoint):
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # files of torch < 1.6 are no zip archives and cannot be mapped
                 state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
             raise UnembeddingError(
                 f"{path.name} must be a plain torch state dict (it is unpickled with "
                 "weights_only=True, so it may hold no code), got a file that cannot be read that "
                 "way; use a safetensors checkpoint"
             ) from error
-        if not isinstance(state, dict):
-            raise UnembeddingError(f"{path.name} must hold a dict of tensors, got {type(state)}")
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise UnembeddingError(
+                f"{path.name} must hold a dict of tensors by name, got {type(state).__name__}"
+            )
         return state
 
 
@@ -367,6 +385,58 @@ def parse_header(data: bytes | bytearray, file: str) -> dict[str, object]:
     return header
 
 
+def check_layout(header: dict[str, object], data_size: int, file: str) -> None:
+    """Checks that the tensors of a safetensors file cover its data, without overlap or holes.
+
+    Raises:
+        UnembeddingError: If they do not, or an entry is malformed.
+    """
+    spans = []
+    for name, entry in header.items():
+        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+        if not isinstance(entry, dict):
+            raise UnembeddingError(f"the header entry of {name!r} must be an object, got {entry!r}")
+        if not (_is_ints(offsets) and len(offsets) == 2):
+            raise UnembeddingError(
+                f"the header entry of {name!r} must give data_offsets as whole numbers, got "
+                f"{offsets!r:.80}"
+            )
+        spans.append((offsets[0], offsets[1], name))
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end or stop < start or stop > data_size:
+            raise UnembeddingError(
+                f"the tensors of {file} must cover its {data_size} bytes of data without overlap "
+                f"or hole, got data_offsets [{start}, {stop}] of {name!r} after byte {end}; the "
+                "file is truncated or damaged"
+            )
+        end = stop
+    if end != data_size:
+        raise UnembeddingError(
+            f"the tensors of {file} must cover its {data_size} bytes of data without overlap or "
+            f"hole, got {end} bytes of tensors; the file is damaged"
+        )
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Checks that a file of a model folder lies in it, links resolved.
+
+    A link could make a model of a stranger read, and a saved copy of it publish, any file of this
+    machine. Links within a repository of the Hub cache are how that cache works.
+
+    Raises:
+        LinkError: If it is a symbolic link out of the folder.
+    """
+    root = folder.resolve()
+    if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
+        root = root.parents[1]
+    if not path.resolve().is_relative_to(root):
+        raise LinkError(
+            f"every file of a model must lie in its folder, got the symbolic link {path} out of "
+            "it; put the file itself there"
+        )
+
+
 def read_index(path: Path) -> dict[str, str]:
     """The tensor-to-file map of a sharded checkpoint."""
     try:
@@ -379,12 +449,14 @@ def parse_index(data: bytes, file: str) -> dict[str, str]:
     """The checked `weight_map` of an index file: file names only, no paths out of the folder."""
     files = _json_object(data, file).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise UnembeddingError(f"{file} must hold a non-empty object 'weight_map', got {files!r}")
+        raise UnembeddingError(
+            f"{file} must hold a non-empty object 'weight_map', got {files!r:.80}"
+        )
     for shard in files.values():
-        plain = isinstance(shard, str) and PurePosixPath(shard).name == shard
-        if not plain or shard in ("", "..") or "\\" in shard:
+        if not isinstance(shard, str) or not _PLAIN_NAME.fullmatch(shard):
             raise UnembeddingError(
-                f"every file in the weight_map of {file} must be a plain file name, got {shard!r}"
+                f"every file in the weight_map of {file} must be a plain file name, got "
+                f"{shard!r:.200}"
             )
     return files
 
@@ -410,12 +482,22 @@ def _matrix_shape(name: str, shape: Iterable[int]) -> tuple[int, int]:
 
 def _json_object(data: bytes | bytearray, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UnembeddingError(f"{what} must be JSON, got {error}") from error
     if not isinstance(value, dict):
         raise UnembeddingError(f"{what} must be a JSON object, got {type(value).__name__}")
     return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    # JSON allows a name twice, and every reader picks another one.
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        doubled = counts.most_common(1)[0][0]
+        raise ValueError(f"the name {doubled!r:.80} twice")
+    return found
 
 
 def _is_ints(value: object) -> TypeGuard[list[int]]:

@@ -15,6 +15,10 @@ class UnembeddingError(EmbedFilterError, ValueError):
     """The unembedding matrix W_U cannot be found, read or used."""
 
 
+class LinkError(UnembeddingError):
+    """A file of a model folder is a symbolic link out of it."""
+
+
 class PrecisionError(UnembeddingError):
     """The numbers do not fit the arithmetic that was asked for."""
 

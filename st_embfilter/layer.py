@@ -21,13 +21,14 @@ from st_embfilter.errors import FormatError, PlacementError, ShapeError
 from st_embfilter.folders import staged
 from st_embfilter.hub import model_files, upload
 from st_embfilter.metadata import METADATA_FILE, SPECTRUM_FILE, FilterMetadata
-
-#: The activation that makes `Dense` linear, by the one name that every stack understands.
-IDENTITY: Final = "torch.nn.modules.linear.Identity"
+from st_embfilter.modules_file import IDENTITY
 
 #: Folders of a filter's weights and of its metadata: in the portable form, in that of
 #: sentence-transformers, and alone.
 _FOLDERS: Final = (("2_Dense/", ""), ("2_EmbedFilterLayer/", "2_EmbedFilterLayer/"), ("", ""))
+
+#: Rounding to 16 bits leaves less than this, a damaged matrix more.
+MAX_SKEW: Final = 0.01
 
 FEATURE: Final = "sentence_embedding"
 
@@ -170,7 +171,7 @@ class EmbedFilterLayer(Module):
         spectrum_file = cls.load_file_path(model_name_or_path, SPECTRUM_FILE, **where)
         return assemble(
             weights,
-            Path(metadata_file).read_text(encoding="utf-8"),
+            _read_text(Path(metadata_file)),
             None if spectrum_file is None else _load_file(Path(spectrum_file)),
         )
 
@@ -270,7 +271,7 @@ class EmbedFilterLayer(Module):
             spectrum_file = files.path(f"{metadata_folder}{SPECTRUM_FILE}")
             return assemble(
                 _load_file(weights_file),
-                metadata_file.read_text(encoding="utf-8"),
+                _read_text(metadata_file),
                 None if spectrum_file is None else _load_file(spectrum_file),
             )
         raise FormatError(
@@ -330,10 +331,17 @@ def assemble(
             f"{sorted(weights)}"
         )
     projection, bias = weights["linear.weight"], weights.get("linear.bias")
-    if tuple(projection.shape) != expected or not bool(torch.isfinite(projection).all()):
+    fits = tuple(projection.shape) == expected and projection.is_floating_point()
+    if not fits or not bool(torch.isfinite(projection).all()):
         raise FormatError(
             f"the projection must be finite and of shape {expected} as {METADATA_FILE} says, got "
-            f"shape {tuple(projection.shape)}; the files do not belong together"
+            f"shape {tuple(projection.shape)} and {projection.dtype}; the files do not belong "
+            "together"
+        )
+    if metadata.calibration is None and _skew(projection) > MAX_SKEW:
+        raise FormatError(
+            "the rows of a projection must be orthonormal, got a matrix that is not; the file was "
+            "edited or is damaged"
         )
     if bias is not None and (
         tuple(bias.shape) != expected[:1] or not bool(torch.isfinite(bias).all())
@@ -342,13 +350,41 @@ def assemble(
             f"the bias must be finite and of shape {expected[:1]} as {METADATA_FILE} says, got "
             f"shape {tuple(bias.shape)}; the files do not belong together"
         )
-    singular_values = None if spectrum is None else spectrum.get("singular_values")
-    if singular_values is not None and tuple(singular_values.shape) != (metadata.d,):
-        raise FormatError(
-            f"{SPECTRUM_FILE} must hold {metadata.d} singular values, got shape "
-            f"{tuple(singular_values.shape)}"
-        )
+    singular_values = None
+    if spectrum is not None:
+        singular_values = spectrum.get("singular_values")
+        if singular_values is None or not _is_spectrum(singular_values, metadata.d):
+            raise FormatError(
+                f"{SPECTRUM_FILE} must hold {metadata.d} singular values, finite, >= 0 and "
+                f"descending, got {', '.join(sorted(spectrum)) or 'no tensor'}"
+            )
     return EmbedFilterLayer(projection, metadata, singular_values, bias)
+
+
+def _skew(projection: Tensor) -> float:
+    """How far P P^T x is from x, relative to its length, for some fixed random vectors x.
+
+    Takes O(k d) instead of the O(k^2 d) of the whole product, which `verify` checks.
+    """
+    rows = projection.to(torch.float32)
+    x = torch.randn(rows.shape[0], 4, generator=torch.Generator().manual_seed(0))
+    return float((rows @ (rows.T @ x) - x).norm() / x.norm())
+
+
+def _is_spectrum(values: Tensor, d: int) -> bool:
+    return (
+        tuple(values.shape) == (d,)
+        and bool(torch.isfinite(values).all())
+        and bool((values >= 0).all())
+        and bool((values.diff() <= 0).all())
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path.name} must be a text in UTF-8, got: {error}") from error
 
 
 def write_metadata(folder: str | os.PathLike[str], layer: EmbedFilterLayer) -> None:

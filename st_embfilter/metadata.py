@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -124,6 +125,11 @@ class FilterMetadata:
             model_id=_typed(base, "id", str, None),
             revision=_typed(base, "revision", str, None),
         )
+        if not re.fullmatch(r"[0-9a-f]{64}", provenance.sha256):
+            raise FormatError(
+                f"{METADATA_FILE}: sha256 must be 64 hexadecimal digits, got "
+                f"{provenance.sha256!r:.80}"
+            )
         prompt = document.get("prompt")
         metadata = cls(
             provenance=provenance,

@@ -30,6 +30,7 @@ from st_embfilter.backbone import (
     TOKENIZER_CONFIG,
     backbone_files,
     backbone_model,
+    check_links,
     has_adapter,
     is_unchanged,
     source_folder,
@@ -50,12 +51,12 @@ from st_embfilter.folders import check_target, staged
 from st_embfilter.hub import upload
 from st_embfilter.layer import EmbedFilterLayer, check_placement, filter_card
 from st_embfilter.metadata import METADATA_FILE, SPECTRUM_FILE
+from st_embfilter.modules_file import MODULES_FILE
 from st_embfilter.prompting import write_tokenizer
 from st_embfilter.prompts import PromptEOL, Recipe, recipe_from_dict
 
 logger = logging.getLogger(__name__)
 
-MODULES_FILE: Final = "modules.json"
 
 #: What no published folder can do without, beside the weights of the backbone and its tokenizer.
 _FILTER_FILES: Final = (METADATA_FILE, "config.json", SAFETENSORS_FILE, CARD_FILE)
@@ -363,6 +364,7 @@ def _write(
         )
     source = source_folder(model)
     if source is not None and is_unchanged(inner, source):
+        check_links(source)  # no file of this machine becomes part of a model
         for file in backbone_files(source):
             large = file.suffix in (".safetensors", ".bin")
             (place if large else shutil.copyfile)(file, folder / file.name)

@@ -48,6 +48,9 @@ Progress = Callable[[int, int], None]
 
 CONFIG_FILE: Final = "config.json"
 
+#: More than any model has.
+MAX_LAYERS: Final = 2_000
+
 _BLOCK_BYTES: Final = 32 * 2**20
 
 
@@ -303,11 +306,12 @@ def meta_model(
     model_type = getattr(config, "model_type", type(config).__name__)
     if not masked_lm:
         _check_decoder(config, model_type)
+    _check_layers(config)
     factory = AutoModelForMaskedLM if masked_lm else _auto_class(config, model_type)
     try:
         with torch.device("meta"):
             model: nn.Module = factory.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+    except Exception as error:  # configs of strangers fail in many ways, all mean the same
         raise UnembeddingError(
             f"EmbedFilter needs a model that {factory.__name__} can build, got model type "
             f"{model_type!r}: {_reason(error)}"
@@ -399,6 +403,16 @@ def _check_decoder(config: PretrainedConfig, model_type: str) -> None:
             "EmbedFilter needs a model type of which AutoModel loads a backbone that gives hidden "
             f"states, got {model_type!r}, for which transformers has "
             f"{'none' if backbone is None else f'{backbone} alone'}"
+        )
+
+
+def _check_layers(config: PretrainedConfig) -> None:
+    """Each layer costs memory, even on the meta device."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers = getattr(text_config, "num_hidden_layers", 1)
+    if type(layers) is int and layers > MAX_LAYERS:
+        raise UnembeddingError(
+            f"a config must have at most {MAX_LAYERS:,} layers, got num_hidden_layers = {layers:,}"
         )
 
 

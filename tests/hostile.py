@@ -1,0 +1,688 @@
+"""A table of malformed and malicious models: what is done to a good folder, and what must be said.
+
+The tests run it, and `python -m hardening` counts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from st_embfilter.errors import EmbedFilterError, FormatError, PlacementError, UnembeddingError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+PROJECTION = "2_Dense/model.safetensors"
+
+#: A file with this name, in the working directory, shows that code of a model ran.
+CANARY = "code-ran"
+
+Change = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """One malformed input.
+
+    Attributes:
+        name: Of the test.
+        change: What is done to a copy of a good folder.
+        says: Part of the message, as a regular expression.
+        error: Its type.
+        how: "build" reads the unembedding matrix, "embed" makes a whole model of a language model;
+            "filter" and "load" read a saved one.
+    """
+
+    name: str
+    change: Change
+    says: str
+    error: type[EmbedFilterError] = UnembeddingError
+    how: str = "build"
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.system, (f"touch {CANARY}",))
+
+
+def write(name: str, content: str | bytes) -> Change:
+    """Replaces a file."""
+
+    def change(folder: Path) -> None:
+        data = content.encode() if isinstance(content, str) else content
+        (folder / name).write_bytes(data)
+
+    return change
+
+
+def document(name: str, edit: Callable[[Any], Any]) -> Change:
+    """Edits a JSON file in place, or replaces it by what the edit returns."""
+
+    def change(folder: Path) -> None:
+        value = json.loads((folder / name).read_text())
+        result = edit(value)
+        (folder / name).write_text(json.dumps(value if result is None else result))
+
+    return change
+
+
+def put(*path: str, value: object) -> Callable[[Any], None]:
+    """Sets a nested key."""
+
+    def edit(at: Any) -> None:
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = value
+
+    return edit
+
+
+def raw_header(edit: Callable[[dict[str, Any], int], bytes | None]) -> Change:
+    """Edits the header of the weights; their data stay as they are."""
+
+    def change(folder: Path) -> None:
+        data = (folder / WEIGHTS).read_bytes()
+        length = struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8 : 8 + length])
+        text = edit(header, len(data) - 8 - length) or json.dumps(header).encode()
+        (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+    return change
+
+
+def entry(key: str, value: object) -> Change:
+    """Sets a key in the header entry of the head; None removes it."""
+
+    def edit(header: dict[str, Any], size: int) -> None:
+        header[HEAD][key] = value
+        if value is None:
+            del header[HEAD][key]
+
+    return raw_header(edit)
+
+
+def overlap(header: dict[str, Any], size: int) -> None:
+    other = header["model.embed_tokens.weight"]
+    header[HEAD]["data_offsets"] = other["data_offsets"]
+
+
+def hole(header: dict[str, Any], size: int) -> None:
+    del header["model.norm.weight"]
+
+
+def duplicate(header: dict[str, Any], size: int) -> bytes:
+    text = json.dumps(header)
+    return (text[:-1] + f', "{HEAD}": ' + json.dumps(header[HEAD]) + "}").encode()
+
+
+def prefix(length: int) -> Change:
+    def change(folder: Path) -> None:
+        data = (folder / WEIGHTS).read_bytes()
+        (folder / WEIGHTS).write_bytes(struct.pack("<Q", length) + data[8:])
+
+    return change
+
+
+def cut(name: str, keep: float) -> Change:
+    def change(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * keep)])
+
+    return change
+
+
+def weights(edit: Callable[[dict[str, torch.Tensor]], object], name: str = WEIGHTS) -> Change:
+    """Edits tensors and saves the file anew."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        edit(tensors)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+
+    return change
+
+
+def fill(rows: slice | int, value: float) -> Change:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[HEAD][rows] = value
+
+    return weights(edit)
+
+
+def few_rows(folder: Path) -> None:
+    weights(lambda t: t.update({HEAD: t[HEAD][:8].clone()}))(folder)
+    document("config.json", put("vocab_size", value=8))(folder)
+
+
+def index(*, target: object = WEIGHTS, name: str = INDEX, **other: object) -> Change:
+    """Adds an index that places the head in the given file."""
+
+    def change(folder: Path) -> None:
+        content = other or {"weight_map": {HEAD: target}}
+        if other.get("weight_map", ...) is not ...:
+            content = {"weight_map": other["weight_map"]}
+        (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
+def no_shard(folder: Path) -> None:
+    index(target="model-00001-of-00002.safetensors")(folder)
+
+
+def shard_without_tensor(folder: Path) -> None:
+    save_file({"x": torch.ones(2, 2)}, folder / "other.safetensors")
+    index(target="other.safetensors")(folder)
+
+
+def shard_is_a_folder(folder: Path) -> None:
+    (folder / "shard.safetensors").mkdir()
+    index(target="shard.safetensors")(folder)
+
+
+def duplicate_place(folder: Path) -> None:
+    (folder / INDEX).write_text(f'{{"weight_map": {{"{HEAD}": "{WEIGHTS}", "{HEAD}": "x"}}}}')
+
+
+def link_out(name: str) -> Change:
+    """Moves a file out of the folder and leaves a symbolic link to it."""
+
+    def change(folder: Path) -> None:
+        outside = folder.parent / f"outside-{Path(name).name}"
+        shutil.move(folder / name, outside)
+        (folder / name).symlink_to(outside)
+
+    return change
+
+
+def linked_shard(folder: Path) -> None:
+    link_out(WEIGHTS)(folder)
+    (folder / WEIGHTS).rename(folder / "shard.safetensors")
+    index(target="shard.safetensors")(folder)
+
+
+def pipe(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+
+
+def loop(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to(WEIGHTS)
+
+
+def torch_bin(value: object, *, keep: float = 1.0, protocol: int | None = None) -> Change:
+    """Replaces the weights by a `.bin` file with this value."""
+
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        path = folder / "pytorch_model.bin"
+        if protocol is not None:
+            path.write_bytes(pickle.dumps(value, protocol=protocol))
+        elif isinstance(value, bytes):
+            path.write_bytes(value)
+        else:
+            torch.save(value, path)
+        data = path.read_bytes()
+        path.write_bytes(data[: int(len(data) * keep)])
+
+    return change
+
+
+def torch_index(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    index(target="../outside.bin", name="pytorch_model.bin.index.json")(folder)
+
+
+def remote_code(folder: Path) -> None:
+    code = f"import os\nos.system('touch {CANARY}')\n"
+    (folder / "evil.py").write_text(code)
+    auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    document("config.json", lambda c: c | {"auto_map": auto, "model_type": "evil"})(folder)
+
+
+def remote_module(folder: Path) -> None:
+    (folder / "evil.py").write_text(f"import os\nos.system('touch {CANARY}')\n")
+    document("modules.json", put_type(1, "evil.Pooling"))(folder)
+
+
+def put_type(position: int, name: str) -> Callable[[Any], None]:
+    def edit(modules: Any) -> None:
+        modules[position]["type"] = name
+
+    return edit
+
+
+def remove(*names: str) -> Change:
+    def change(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return change
+
+
+def empty_vocabulary(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {}
+    content["added_tokens"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def after_normalize(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    modules[2], modules[3] = modules[3], modules[2]
+    return modules
+
+
+def twice(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [*modules[:3], {**modules[2], "idx": 3, "name": "3"}]
+
+
+def module_path(path: str) -> Callable[[Any], None]:
+    def edit(modules: Any) -> None:
+        modules[2]["path"] = path
+
+    return edit
+
+
+def projection(edit: Callable[[torch.Tensor], torch.Tensor], name: str = "linear.weight") -> Change:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = edit(tensors.pop("linear.weight")).contiguous()
+
+    return weights(change, PROJECTION)
+
+
+def nan(matrix: torch.Tensor) -> torch.Tensor:
+    matrix[3, 5] = torch.nan
+    return matrix
+
+
+def repeated(matrix: torch.Tensor) -> torch.Tensor:
+    matrix[1] = matrix[0]
+    return matrix
+
+
+def meta(*path: str, value: object) -> Change:
+    return document("embfilter.json", put(*path, value=value))
+
+
+def drop(*path: str) -> Change:
+    def edit(at: Any) -> None:
+        for key in path[:-1]:
+            at = at[key]
+        del at[path[-1]]
+
+    return document("embfilter.json", edit)
+
+
+def spectrum(values: torch.Tensor, name: str = "singular_values") -> Change:
+    return lambda folder: save_file({name: values}, folder / "embfilter_spectrum.safetensors")
+
+
+def saved(
+    name: str,
+    change: Change,
+    says: str,
+    error: type[EmbedFilterError] = FormatError,
+    how: str = "filter",
+) -> Hostile:
+    return Hostile(name, change, says, error, how)
+
+
+DEEP = "[" * 100_000
+
+CHECKPOINTS = [
+    # The start of a safetensors file.
+    Hostile("empty", write(WEIGHTS, b""), "must start with the length"),
+    Hostile("seven bytes", write(WEIGHTS, b"\0" * 7), "must start with the length"),
+    Hostile("eight bytes", write(WEIGHTS, b"\2" + b"\0" * 7), "must start with the length"),
+    Hostile(
+        "no safetensors file", write(WEIGHTS, b"version https://git-lfs"), "no safetensors file"
+    ),
+    Hostile("header longer than the file", prefix(10**6), "must start with the length"),
+    Hostile("header of 18 exabytes", prefix(2**64 - 1), "must start with the length"),
+    Hostile("header of no bytes", prefix(0), "must start with the length"),
+    Hostile("header of one byte", prefix(1), "must start with the length"),
+    Hostile("header cut short", prefix(40), "must be JSON"),
+    Hostile("header with rubbish", raw_header(lambda h, n: b"{]" * 40), "must be JSON"),
+    Hostile("header not in UTF-8", raw_header(lambda h, n: b'{"\xff\xfe": 1}'), "must be JSON"),
+    Hostile("header nested deeply", raw_header(lambda h, n: DEEP.encode()), "must be JSON"),
+    Hostile("header is a list", raw_header(lambda h, n: b"[1, 2, 3]"), "must be a JSON object"),
+    Hostile("header is empty", raw_header(lambda h, n: b"{}"), "must|tensor"),
+    Hostile("huge integer", raw_header(lambda h, n: b'{"a": ' + b"9" * 5000 + b"}"), "must be"),
+    # One tensor in it.
+    Hostile("entry is a list", raw_header(lambda h, n: h.update({HEAD: []})), "must be an object"),
+    Hostile("entry is null", raw_header(lambda h, n: h.update({HEAD: None})), "must be an object"),
+    Hostile("no dtype", entry("dtype", None), "must be stored in one of"),
+    Hostile("unknown dtype", entry("dtype", "F31"), "must be stored in one of"),
+    Hostile("dtype is a number", entry("dtype", 32), "must be stored in one of"),
+    Hostile("dtype is a list", entry("dtype", ["F32"]), "must be stored in one of"),
+    Hostile("integers", entry("dtype", "I64"), "must be stored in one of"),
+    Hostile("booleans", entry("dtype", "BOOL"), "must be stored in one of"),
+    Hostile("wider dtype", entry("dtype", "F64"), "truncated or damaged"),
+    Hostile("no shape", entry("shape", None), "as whole numbers"),
+    Hostile("more rows than stored", entry("shape", [201, 32]), "truncated or damaged"),
+    Hostile("fewer rows than stored", entry("shape", [199, 32]), "truncated or damaged"),
+    Hostile("shape swapped", entry("shape", [32, 200]), "must have the shape of the config"),
+    Hostile("negative shape", entry("shape", [-200, -32]), "as whole numbers"),
+    Hostile("broken shape", entry("shape", [200.5, 32]), "as whole numbers"),
+    Hostile("shape of strings", entry("shape", ["200", "32"]), "as whole numbers"),
+    Hostile("shape of booleans", entry("shape", [True, True]), "as whole numbers"),
+    Hostile("shape that overflows", entry("shape", [2**62, 2**62]), "truncated or damaged"),
+    Hostile("zero rows", entry("shape", [0, 32]), "V, d >= 1"),
+    Hostile("vector", entry("shape", [6400]), "must have the shape of the config"),
+    Hostile("three axes", entry("shape", [20, 10, 32]), "must have shape"),
+    Hostile("no offsets", entry("data_offsets", None), "as whole numbers"),
+    Hostile("three offsets", entry("data_offsets", [0, 1, 2]), "as whole numbers"),
+    Hostile("offsets reversed", entry("data_offsets", [25600, 0]), "data_offsets"),
+    Hostile("offsets outside", entry("data_offsets", [10**9, 10**9 + 25600]), "data_offsets|cover"),
+    Hostile("offsets far outside", entry("data_offsets", [2**63, 2**64]), "data_offsets|cover"),
+    Hostile("tensors that overlap", raw_header(overlap), "overlap"),
+    Hostile("a hole between tensors", raw_header(hole), "overlap"),
+    Hostile(
+        "bytes after the tensors",
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes() + b"x" * 9),
+        "overlap",
+    ),
+    Hostile("the same tensor twice", raw_header(duplicate), "twice"),
+    Hostile("data cut off", cut(WEIGHTS, 0.6), "truncated|overlap"),
+    Hostile(
+        "one byte missing",
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1]),
+        "truncated|overlap",
+    ),
+    # Numbers.
+    Hostile("a row of NaN", fill(7, torch.nan), "row 7"),
+    Hostile("a row of Inf", fill(199, torch.inf), "row 199"),
+    Hostile("minus infinity", fill(0, -torch.inf), "row 0"),
+    Hostile("all zero", fill(slice(None), 0.0), "all zero"),
+    Hostile("fewer rows than columns", few_rows, "at least as many rows"),
+    # The index.
+    Hostile("shard above the folder", index(target="../../x"), "plain file name"),
+    Hostile("shard by absolute path", index(target="/etc/passwd"), "plain file name"),
+    Hostile("shard with backslashes", index(target="..\\x"), "plain file name"),
+    Hostile("shard with a NUL", index(target="x\0.safetensors"), "plain file name"),
+    Hostile(
+        "shard name of 5,000 letters", index(target="x" * 5000), "plain file name|no such file"
+    ),
+    Hostile("shard is this folder", index(target="."), "plain file name|no such file"),
+    Hostile("shard is a number", index(target=7), "plain file name"),
+    Hostile("shard is missing", no_shard, "must hold the shard"),
+    Hostile("shard is a folder", shard_is_a_folder, "must hold the shard"),
+    Hostile("shard without the tensor", shard_without_tensor, "got no such tensor"),
+    Hostile("shard is the config", index(target="config.json"), "must start with the length"),
+    Hostile("index without a map", index(metadata={}), "non-empty object 'weight_map'"),
+    Hostile("map is empty", index(weight_map={}), "non-empty object 'weight_map'"),
+    Hostile("map is a list", index(weight_map=[HEAD]), "non-empty object 'weight_map'"),
+    Hostile("index is no JSON", write(INDEX, "{"), "must be JSON"),
+    Hostile("index is a list", write(INDEX, "[]"), "must be a JSON object"),
+    Hostile("one tensor in two places", duplicate_place, "twice"),
+    # Links and special files.
+    Hostile("weights behind a link", link_out(WEIGHTS), "link"),
+    Hostile("config behind a link", link_out("config.json"), "link"),
+    Hostile("shard behind a link", linked_shard, "link"),
+    Hostile(
+        "tokenizer behind a link",
+        link_out("tokenizer.json"),
+        "link",
+        how="embed",
+        error=EmbedFilterError,
+    ),
+    Hostile("a link to itself", loop, "must hold|link"),
+    Hostile("weights are a pipe", pipe, "must hold"),
+    Hostile(
+        "weights are a folder",
+        lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()),
+        "must hold",
+    ),
+    # Pickles.
+    Hostile("pickle with code", torch_bin({HEAD: Payload()}), "weights_only=True"),
+    Hostile("old pickle with code", torch_bin({HEAD: Payload()}, protocol=2), "weights_only=True"),
+    Hostile("bare code", torch_bin(b"cos\nsystem\n(S'touch code-ran'\ntR."), "weights_only=True"),
+    Hostile(
+        "pickle cut off", torch_bin({HEAD: torch.ones(200, 32)}, keep=0.5), "weights_only=True"
+    ),
+    Hostile("empty .bin", torch_bin(b""), "weights_only=True"),
+    Hostile(".bin with a list", torch_bin([torch.ones(2)]), "must hold a dict"),
+    Hostile(
+        ".bin with integers", torch_bin({HEAD: torch.ones(200, 32, dtype=torch.int64)}), "floating"
+    ),
+    Hostile(".bin with numbers", torch_bin({HEAD: 7}), "floating"),
+    Hostile(".bin with odd keys", torch_bin({7: torch.ones(2), HEAD: torch.ones(2)}), "must"),
+    Hostile(
+        ".bin with a sparse tensor",
+        torch_bin({HEAD: torch.ones(200, 32).to_sparse()}),
+        "dense|strided",
+    ),
+    Hostile(".bin index above the folder", torch_index, "plain file name"),
+    # The config.
+    Hostile("no config", remove("config.json"), "must hold config.json"),
+    Hostile("config is no JSON", write("config.json", "{"), "must describe a model"),
+    Hostile("config is a list", write("config.json", "[]"), "must describe a model"),
+    Hostile("config is not UTF-8", write("config.json", b"\xff\xfe{}"), "must describe a model"),
+    Hostile("config is empty", write("config.json", "{}"), "must describe a model"),
+    Hostile("config nested deeply", write("config.json", DEEP), "must describe a model"),
+    Hostile(
+        "unknown model type", document("config.json", put("model_type", value="x")), "must describe"
+    ),
+    Hostile(
+        "model type is a list",
+        document("config.json", put("model_type", value=[1])),
+        "must describe",
+    ),
+    Hostile(
+        "vocabulary is a string",
+        document("config.json", put("vocab_size", value="many")),
+        "must|needs",
+    ),
+    Hostile(
+        "vocabulary is negative", document("config.json", put("vocab_size", value=-5)), "must|needs"
+    ),
+    Hostile(
+        "width is a string", document("config.json", put("hidden_size", value="wide")), "must|needs"
+    ),
+    Hostile(
+        "width is another", document("config.json", put("hidden_size", value=64)), "must|needs"
+    ),
+    Hostile("width is zero", document("config.json", put("hidden_size", value=0)), "must|needs"),
+    Hostile("width is null", document("config.json", put("hidden_size", value=None)), "must|needs"),
+    Hostile(
+        "heads are zero", document("config.json", put("num_attention_heads", value=0)), "must|needs"
+    ),
+    Hostile(
+        "a billion layers", document("config.json", put("num_hidden_layers", value=10**9)), "layers"
+    ),
+    Hostile(
+        "layers are a string",
+        document("config.json", put("num_hidden_layers", value="two")),
+        "must|needs",
+    ),
+    Hostile(
+        "unknown activation", document("config.json", put("hidden_act", value="evil")), "must|needs"
+    ),
+    Hostile("code in the config", remote_code, "must describe a model"),
+    # The tokenizer.
+    Hostile(
+        "no tokenizer",
+        remove("tokenizer.json", "tokenizer_config.json"),
+        "",
+        how="embed",
+        error=EmbedFilterError,
+    ),
+    Hostile(
+        "tokenizer is no JSON",
+        write("tokenizer.json", "{"),
+        "",
+        how="embed",
+        error=EmbedFilterError,
+    ),
+    Hostile(
+        "tokenizer is a list",
+        write("tokenizer.json", "[]"),
+        "",
+        how="embed",
+        error=EmbedFilterError,
+    ),
+    Hostile(
+        "tokenizer without vocabulary",
+        empty_vocabulary,
+        "vocabulary",
+        how="embed",
+        error=EmbedFilterError,
+    ),
+]
+
+FILTERS = [
+    # embfilter.json.
+    saved("no metadata", remove("embfilter.json"), "must hold embfilter.json"),
+    saved("metadata is no JSON", write("embfilter.json", "{"), "must be JSON"),
+    saved("metadata nested deeply", write("embfilter.json", DEEP), "must be JSON"),
+    saved("metadata is a list", write("embfilter.json", "[]"), "must be an object"),
+    saved("metadata is empty", write("embfilter.json", ""), "must be JSON"),
+    saved("metadata not in UTF-8", write("embfilter.json", b"\xff{}"), "must be"),
+    saved("a newer format", meta("format_version", value=2), "newer st-embfilter"),
+    saved("format 0", meta("format_version", value=0), "newer st-embfilter"),
+    saved("format is true", meta("format_version", value=True), "newer st-embfilter"),
+    saved("format is a string", meta("format_version", value="1"), "newer st-embfilter"),
+    saved("no base model", drop("base_model"), "base_model must be an object"),
+    saved("no unembedding", drop("unembedding"), "unembedding must be an object"),
+    saved("no filter", drop("filter"), "filter must be an object"),
+    saved(
+        "shape of one number", meta("unembedding", "shape", value=[256]), "shape must be two ints"
+    ),
+    saved(
+        "shape is negative", meta("unembedding", "shape", value=[-1, 32]), "shape must be two ints"
+    ),
+    saved("another width", meta("unembedding", "shape", value=[200, 64]), "must be|must have"),
+    saved("an astronomical shape", meta("unembedding", "shape", value=[10**30, 10**30]), "must be"),
+    saved("no hash", meta("unembedding", "sha256", value=None), "sha256"),
+    saved("a hash that is none", meta("unembedding", "sha256", value="../../x"), "sha256"),
+    saved("tied is a string", meta("unembedding", "tied", value="no"), "tied must be"),
+    saved("unknown band", meta("filter", "band", value="best"), "band must be one of"),
+    saved("keep is NaN", meta("filter", "keep", value=float("nan")), "keep must be"),
+    saved("keep is 0", meta("filter", "keep", value=0), "keep must be"),
+    saved("keep is a list", meta("filter", "keep", value=[1]), "keep must be"),
+    saved("keep is too wide", meta("filter", "keep", value=10**9), "keep must be"),
+    saved("k is another", meta("filter", "k", value=15), "filter.k must be 16"),
+    saved("d is another", meta("filter", "d", value=31), "filter.d must be 32"),
+    saved("start is another", meta("filter", "start", value=3), "filter.start must be 8"),
+    saved("seed of a bulk band", meta("filter", "seed", value=3), "seed"),
+    saved("a random band", meta("filter", "band", value="random"), "seed|start"),
+    saved("order is a number", meta("filter", "order", value=7), "order must be"),
+    saved("order of strings", meta("filter", "order", value=["a"]), "order"),
+    saved("unknown recipe", meta("prompt", value={"recipe": "evil"}), "prompt"),
+    saved("recipe is a string", meta("prompt", value="evil"), "prompt must be"),
+    saved("versions are a list", meta("versions", value=[]), "versions must be"),
+    saved("empty calibration", meta("calibration", value={}), "must be"),
+    saved("calibration is a list", meta("calibration", value=[]), "calibration must be"),
+    # The projection.
+    saved("no projection", remove(PROJECTION), "weights of"),
+    saved("projection is empty", write(PROJECTION, b""), "must be a safetensors file"),
+    saved("projection cut off", cut(PROJECTION, 0.7), "must be a safetensors file"),
+    saved("projection with NaN", projection(nan), "must be finite"),
+    saved("projection too narrow", projection(lambda p: p[:, :31]), "must be finite and of shape"),
+    saved("projection too short", projection(lambda p: p[:15]), "must be finite and of shape"),
+    saved("projection transposed", projection(lambda p: p.T), "must be finite and of shape"),
+    saved("projection of integers", projection(lambda p: p.to(torch.int32)), "must be"),
+    saved("projection by another name", projection(lambda p: p, "weight"), "must be"),
+    saved("projection scaled", projection(lambda p: 1.1 * p), "orthonormal"),
+    saved("a row twice", projection(repeated), "orthonormal"),
+    saved("projection all zero", projection(lambda p: 0 * p), "orthonormal"),
+    saved(
+        "random projection",
+        projection(lambda p: torch.randn(p.shape, generator=torch.Generator().manual_seed(0))),
+        "orthonormal",
+    ),
+    saved(
+        "a surplus tensor",
+        weights(lambda t: t.update(extra=torch.ones(2)), PROJECTION),
+        "weights of this filter must be",
+    ),
+    saved("projection behind a link", link_out(PROJECTION), "link", EmbedFilterError),
+    saved("spectrum too short", spectrum(torch.ones(31, dtype=torch.float64)), "singular values"),
+    saved(
+        "spectrum with NaN",
+        spectrum(torch.full((32,), torch.nan, dtype=torch.float64)),
+        "singular values",
+    ),
+    saved(
+        "spectrum not descending",
+        spectrum(torch.arange(32, dtype=torch.float64)),
+        "singular values",
+    ),
+    saved("spectrum without values", spectrum(torch.ones(32), "x"), "singular values"),
+    # modules.json.
+    saved("modules is no JSON", write("modules.json", "{"), "must be JSON", how="load"),
+    saved("modules is an object", write("modules.json", "{}"), "modules.json", how="load"),
+    saved("no modules", write("modules.json", "[]"), "modules.json", how="load"),
+    saved("a module is a string", write("modules.json", '["x"]'), "modules.json", how="load"),
+    saved(
+        "filter after Normalize",
+        document("modules.json", after_normalize),
+        "before Normalize",
+        PlacementError,
+        "load",
+    ),
+    saved("filter twice", document("modules.json", twice), "one Dense", how="load"),
+    saved(
+        "module above the folder",
+        document("modules.json", module_path("../2_Dense")),
+        "inside",
+        how="load",
+    ),
+    saved(
+        "module by absolute path",
+        document("modules.json", module_path("/2_Dense")),
+        "inside",
+        how="load",
+    ),
+    saved(
+        "module path is a number",
+        document("modules.json", lambda m: m[2].update(path=7)),
+        "modules.json",
+        how="load",
+    ),
+    saved("code among the modules", remote_module, "trust_remote_code", EmbedFilterError, "load"),
+    saved(
+        "a function as module",
+        document("modules.json", put_type(1, "os.system")),
+        "trust_remote_code",
+        EmbedFilterError,
+        "load",
+    ),
+    saved("no Pooling folder", remove("1_Pooling/config.json"), "", EmbedFilterError, "load"),
+    saved(
+        "Dense with Tanh",
+        document(
+            "2_Dense/config.json",
+            put("activation_function", value="torch.nn.modules.activation.Tanh"),
+        ),
+        "activation",
+        how="load",
+    ),
+    saved(
+        "activation is code",
+        document("2_Dense/config.json", put("activation_function", value="os.system")),
+        "activation",
+        how="load",
+    ),
+    saved(
+        "Dense width is another",
+        document("2_Dense/config.json", put("out_features", value=99)),
+        "out_features",
+        how="load",
+    ),
+    saved("Dense config is no JSON", write("2_Dense/config.json", "{"), "must be JSON", how="load"),
+]
