@@ -270,6 +270,21 @@ def test_a_measured_order_is_a_configuration() -> None:
         Configuration("optimal", 8)
 
 
+def test_what_is_fitted_on_a_task_is_fitted_on_that_task_alone() -> None:
+    raw, rows = planted()
+    tasks = [sts(rows[:150], "first"), sts(rows[150:], "second")]
+    together = run(raw, tasks, [Configuration("centre")])
+    apart = [row for task in tasks for row in run(raw, [task], [Configuration("centre")])]
+    assert together == apart
+
+
+def test_truncation_keeps_the_first_coordinates() -> None:
+    raw, _ = planted()
+    x = np.random.default_rng(0).standard_normal((5, D)).astype(np.float32)
+    (transform,) = Configuration("truncate", 8).transforms(raw.spectrum)
+    np.testing.assert_array_equal(transform(x), x[:, :8])
+
+
 def test_given_texts_are_what_is_fitted_on() -> None:
     raw, rows = planted()
     others = [first for first, _, _ in rows[:100]]
