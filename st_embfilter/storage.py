@@ -99,10 +99,10 @@ def storage_table(
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        reference = _Index(faiss, "float32", "flat", _unit(documents)).search(_unit(queries))
+        reference = _Index(faiss, "float32", "flat", _unit(documents)).search(queries)
         rows = []
         for width in widths:
-            stored, asked = _unit(documents[:, :width]), _unit(queries[:, :width])
+            stored, asked = _unit(documents[:, :width]), queries[:, :width]
             for precision in precisions:
                 if precision == "binary" and width % 8:
                     continue
