@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 import st_embfilter
 from st_embfilter.layer import filter_of
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "st-embfilter-bench")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    disable_progress_bar()
     model = st_embfilter.from_causal_lm(
         checkpoint(args.shape, args.cache),
         prompt="prompteol",
