@@ -335,7 +335,8 @@ def assemble(
     if not fits or not bool(torch.isfinite(projection).all()):
         raise FormatError(
             f"the projection must be finite and of shape {expected} as {METADATA_FILE} says, got "
-            f"shape {tuple(projection.shape)} and {projection.dtype}; the files do not belong together"
+            f"shape {tuple(projection.shape)} and {projection.dtype}; the files do not belong "
+            "together"
         )
     if metadata.calibration is None and _skew(projection) > MAX_SKEW:
         raise FormatError(
