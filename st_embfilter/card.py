@@ -291,6 +291,12 @@ def inherited(card: str | None) -> dict[str, Any]:
     return {**kept, **({"language": languages} if languages else {})}
 
 
+def stated_base(card: str) -> str | None:
+    """The base model that a card's metadata name; None if they name none, or several."""
+    base = _front_matter(card).get("base_model")
+    return base if isinstance(base, str) else None
+
+
 def check_card(text: str) -> None:
     """Holds a card against the Hub's rules for metadata and against what this project promises.
 

@@ -211,7 +211,7 @@ def write(file: Path, header: object, data: bytes) -> None:
         ({"shape": [200, 31]}, "the file is truncated or damaged"),
         ({"shape": [200, -32]}, "as whole numbers"),
         ({"shape": [6400]}, r"\(200, 32\), got \(6400, 1\)"),
-        ({"shape": [0, 32], "data_offsets": [0, 0]}, r"shape \(V, d\)"),
+        ({"shape": [0, 32], "data_offsets": [0, 0]}, "without overlap or hole"),
         ({"shape": "huge"}, "as whole numbers"),
         ({"data_offsets": [0]}, "as whole numbers"),
         ({"data_offsets": [10**15, 10**15 + 25600]}, "truncated or damaged"),
