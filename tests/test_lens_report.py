@@ -20,7 +20,7 @@ from st_embfilter import plots
 from st_embfilter.card import card_of_folder, check_card
 from st_embfilter.cli.app import app
 from st_embfilter.demo import DEMO_TEXTS, Paraphrases
-from st_embfilter.errors import BandError, LensError, OutputError, ProvenanceError
+from st_embfilter.errors import BandError, EmbedFilterError, LensError, OutputError, ProvenanceError
 from st_embfilter.frequencies import TokenCounts, count_tokens
 from st_embfilter.layer import filter_of
 from st_embfilter.report import (
@@ -138,7 +138,7 @@ def test_a_filtered_model_keeps_its_band(saved_demo: Path) -> None:
 
 def test_a_model_with_code_of_its_own(opened: Opened, tmp_path: Path) -> None:
     opened[0].save_pretrained(str(tmp_path / "m"))
-    with pytest.raises(LensError, match=r"needs trust_remote_code \(--trust-remote-code\)"):
+    with pytest.raises(EmbedFilterError, match="pass trust_remote_code=True"):
         open_model(tmp_path / "m")
     trusted = open_model(
         tmp_path / "m", trust_remote_code=True, device="cpu", show_progress_bar=False
