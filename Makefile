@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint types wheel benchmark compat coverage-full figures model-cards results calibration clean
+.PHONY: demo test lint types wheel benchmark compat hardening coverage-full figures model-cards results calibration clean
 
 demo: $(VENV)/.ready  ## set up, then filter the demo LM and show what changes
 	$(BIN)/st-embfilter demo
@@ -36,6 +36,10 @@ figures: $(VENV)/.ready-dev  ## regenerate docs/figures with the demo LM
 COMPAT ?= .compat
 compat: $(VENV)/.ready  ## load a saved model through other libraries, write docs/compatibility.md
 	$(BIN)/python -m compat.run --environments $(COMPAT)
+
+# CI: make hardening HARDENING="--kills 20 --texts 10000"
+hardening: $(VENV)/.ready-dev  ## hostile inputs, crashes, soak; writes nothing
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m hardening $(HARDENING)
 
 model-cards: $(VENV)/.ready  ## render model_cards/
 	$(BIN)/python -m model_cards.render
