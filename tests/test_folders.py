@@ -98,10 +98,15 @@ def test_the_target_never_vanishes(tmp_path: Path) -> None:
 def test_the_work_of_a_living_process_stays(tmp_path: Path) -> None:
     """Two saves to one folder at a time: none cleans the other away."""
     target = tmp_path / "model"
-    with pytest.raises(OutputError, match="must be missing or empty"), staged(target) as folder:
-        (folder / "modules.json").write_text("first")
-        save(target, "second")
-        assert (folder / "modules.json").read_text() == "first"
+
+    def both() -> None:
+        with staged(target) as folder:
+            (folder / "modules.json").write_text("first")
+            save(target, "second")
+            assert (folder / "modules.json").read_text() == "first"
+
+    with pytest.raises(OutputError, match="must be missing or empty"):
+        both()
     assert state(target) == {"second"}
 
 
@@ -121,10 +126,14 @@ def test_a_full_disk_leaves_the_old_state(
         monkeypatch.setattr(folders, "_exchange", lambda a, b: False)
     target = tmp_path / "model"
     save(target, "old")
-    with pytest.raises(OutputError, match="cannot write .*model: No space left"):
+
+    def fails() -> None:
         with staged(target, overwrite=True) as folder:
             (folder / "a").write_text("half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OutputError, match=r"cannot write .*model: No space left"):
+        fails()
     assert state(target) == {"old"}
     assert os.listdir(tmp_path) == ["model"]
     save(target, "new")
