@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape as glob_escape
 from pathlib import Path
+from typing import Final
+
+from safetensors import SafetensorError
 
 from st_embfilter.errors import OutputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 #: A folder with one of these is a model or a filter of ours, which may be overwritten.
 _OURS = ("modules.json", "embfilter.json")
+
+
+#: What `mkdtemp` puts into a name.
+_UNIQUE: Final = re.compile(r"\.[a-z0-9_]{8}$")
+
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
 
 
 @contextmanager
@@ -26,21 +44,25 @@ def staged(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterat
     check_target(target, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        )
+        _clean(target)
+        staging, lock = _new_staging(target)
     except OSError as error:
         raise OutputError(f"cannot write to {target.parent}: {error.strerror or error}") from error
     try:
         yield staging
         staging.chmod(0o755)
+        check_target(target, overwrite=overwrite)  # others may have written meanwhile
         _replace(staging, target)
     except OutputError:
         raise
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    except SafetensorError as error:  # its I/O errors are no OSError
+        raise OutputError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -66,16 +88,74 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"the output must be a folder, got the file {target}")
 
 
+def _new_staging(target: Path) -> tuple[Path, int | None]:
+    """A hidden folder beside the target, and the lock that says it is in use.
+
+    The lock goes with the process, however that ends. A folder gets its suffix when it is locked.
+    """
+    while True:
+        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent))
+        lock = _lock(fresh)
+        # Another process may have cleaned it away before it was locked.
+        with suppress(FileNotFoundError):
+            return fresh.rename(fresh.with_suffix(".tmp")), lock
+        if lock is not None:
+            os.close(lock)
+
+
+def _clean(target: Path) -> None:
+    """Removes what killed processes left beside the target; puts back what they took away."""
+    for folder in target.parent.glob(f".{glob_escape(target.name)}.*"):
+        if folder.suffix not in (".new", ".tmp", ".old") or not _UNIQUE.search(folder.stem):
+            continue
+        lock = _lock(folder)
+        if lock is None:
+            continue
+        try:
+            if folder.suffix == ".old" and not target.exists():
+                folder.rename(target)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock on a folder; None if another process has it, or the system knows no such locks."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def _replace(staging: Path, target: Path) -> None:
     """Renames the complete folder into place."""
     if not target.is_dir() or not any(target.iterdir()):
         staging.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(old)  # onto an empty folder
+    elif not _exchange(staging, target):
+        old = staging.with_suffix(".old")
+        target.rename(old)
+        try:
+            staging.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two folders in one step, so that at no time there is none; False if it cannot."""
     try:
-        staging.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):  # not Linux
+        return False
+    done: int = rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    return done == 0

@@ -1,0 +1,1 @@
+"""What the library must survive, tried out: `python -m hardening`."""
