@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+import st_embfilter
+from st_embfilter.build import build_filter, load_filter
 from st_embfilter.errors import EmbedFilterError, FormatError, PlacementError, UnembeddingError
 
 WEIGHTS = "model.safetensors"
@@ -49,6 +51,18 @@ class Hostile:
     says: str
     error: type[EmbedFilterError] = UnembeddingError
     how: str = "build"
+
+
+def attempt(how: str, folder: Path) -> None:
+    """Opens a model in the way that the case names."""
+    if how == "build":
+        build_filter(folder, show_progress_bar=False)
+    elif how == "embed":
+        st_embfilter.from_causal_lm(folder, device="cpu", show_progress_bar=False)
+    elif how == "filter":
+        load_filter(folder)
+    else:
+        st_embfilter.load(folder, device="cpu")
 
 
 class Payload:

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import st_embfilter
-from st_embfilter.build import build_filter, load_filter
 from st_embfilter.errors import EmbedFilterError
 from tests.conftest import tiny_lm
-from tests.hostile import CANARY, CHECKPOINTS, FILTERS, Hostile
+from tests.hostile import CANARY, CHECKPOINTS, FILTERS, Hostile, attempt
 
 MAX_BYTES = 64 * 2**20
 
@@ -27,17 +26,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )
     st_embfilter.save_pretrained(model, folder / "saved")
     return {"lm": folder / "lm", "saved": folder / "saved"}
-
-
-def attempt(how: str, folder: Path) -> None:
-    if how == "build":
-        build_filter(folder, show_progress_bar=False)
-    elif how == "embed":
-        st_embfilter.from_causal_lm(folder, device="cpu", show_progress_bar=False)
-    elif how == "filter":
-        load_filter(folder)
-    else:
-        st_embfilter.load(folder, device="cpu")
 
 
 def contents(folder: Path) -> dict[str, object]:
