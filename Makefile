@@ -37,7 +37,6 @@ COMPAT ?= .compat
 compat: $(VENV)/.ready  ## load a saved model through other libraries, write docs/compatibility.md
 	$(BIN)/python -m compat.run --environments $(COMPAT)
 
-# CI: make hardening HARDENING="--kills 20 --texts 10000"
 hardening: $(VENV)/.ready-dev  ## hostile inputs, crashes, soak; writes nothing
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m hardening $(HARDENING)
 

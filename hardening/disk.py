@@ -1,6 +1,6 @@
 """Targets that cannot be written: a full disk and a read-only one, real ones where they can be had.
 
-    python -m hardening.disk
+python -m hardening.disk
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ SIZE_KIB = 512
 def mount(*arguments: str) -> bool:
     """Runs mount; False where that is not allowed."""
     command = shutil.which("mount")
-    return command is not None and not subprocess.run(
-        [command, *arguments], capture_output=True, check=False
-    ).returncode
+    return (
+        command is not None
+        and not subprocess.run([command, *arguments], capture_output=True, check=False).returncode
+    )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Encode texts in a loop and watch the memory of the process.
 
-    python -m hardening.soak 200000
+python -m hardening.soak 200000
 """
 
 from __future__ import annotations

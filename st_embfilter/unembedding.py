@@ -51,7 +51,7 @@ CONFIG_FILE: Final = "config.json"
 #: More than any model has.
 MAX_LAYERS: Final = 2_000
 
-_BLOCK_BYTES: Final = 32 * 2**20
+_BLOCK_BYTES: Final = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Unembedding:
         """Row blocks in order, each read while the one before is worked on.
 
         Args:
-            rows: Rows of a block; by default as many as fill 32 MiB in float64.
+            rows: Rows of a block; by default as many as fill 64 MiB in float64.
             seen: Called with each block in order, in the thread that reads.
 
         Yields:
@@ -141,7 +141,7 @@ class Unembedding:
         Args:
             band: The band that must be exact.
             precision: Arithmetic inside a block, see `spectrum_of`. By default "auto" for matrices
-                stored in 16 bits or less with more than 32 MiB, and "float64" for all others and
+                stored in 16 bits or less with more than 64 MiB, and "float64" for all others and
                 for remote ones, which "auto" may have to read twice.
             device: Where the products are computed.
             progress: Called after each block.
