@@ -23,8 +23,8 @@ wheel: $(VENV)/.ready-dev
 	rm -rf dist
 	$(BIN)/python -m build --wheel --no-isolation
 
-benchmark: $(VENV)/.ready-dev  ## minutes, and gigabytes in ~/.cache/st-embfilter-bench
-	$(BIN)/python benchmarks/build.py
+benchmark: $(VENV)/.ready-dev  ## docs/benchmarks.md; minutes, and gigabytes in ~/.cache/st-embfilter-bench
+	$(BIN)/python -m benchmarks.page
 
 coverage-full: $(VENV)/.ready-dev  ## every architecture of transformers; writes docs/architectures.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures

@@ -2,8 +2,8 @@
 
     python check_overlap.py --corpus corpus --evaluation stsb scifact banking77 --show 3
 
-An evaluation folder may hold `.csv` (the column `text`, or every column), `.jsonl` and `.jsonl.gz`
-(`title` and `text`), and `.txt` (one text a line); other files are left out.
+An evaluation folder may hold `.csv` (the column `text`, or every cell but numbers), `.jsonl` and
+`.jsonl.gz` (`title` and `text`), and `.txt` (one text a line); other files are left out.
 
 Sentences are compared as lower-case words. Two are near duplicates if the Jaccard similarity of
 their sets of words and pairs of neighbours is at least `--similarity`; one word of eleven replaced
@@ -65,9 +65,17 @@ def evaluation_texts(folder: Path) -> Iterator[str]:
                 column = rows[0].index("text")
                 yield from (row[column] for row in rows[1:])
             else:
-                yield from (cell for row in rows for cell in row)
+                yield from (cell for row in rows for cell in row if not _is_number(cell))
         elif path.suffix == ".txt":
             yield from path.read_text(encoding="utf-8").splitlines()
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass

@@ -1,0 +1,134 @@
+"""Runs the benchmarks and writes docs/benchmarks.md; sections that are not run stay as they were.
+
+python -m benchmarks.page [--only build] [--only load] [--cache FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGE = REPOSITORY / "docs" / "benchmarks.md"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One heading of the page.
+
+    Attributes:
+        title: The heading.
+        text: What is compared.
+        command: Words after `python`.
+        cached: Whether it takes --cache.
+    """
+
+    title: str
+    text: str
+    command: str
+    cached: bool = True
+
+
+SECTIONS = {
+    "build": Section(
+        "Building a filter",
+        "Time and growth of peak memory, each method in a fresh process, imports not counted. "
+        "Random bfloat16 matrices with the singular values of the demo LM, stretched to the "
+        "width. A full-rank randomised SVD is only run where it ends in minutes.",
+        "benchmarks/build.py --repeat 2",
+    ),
+    "growth": Section(
+        "How a build grows",
+        "The Gram matrix costs V d^2, its eigenvectors d^3, reading V d.",
+        "benchmarks/build.py --growth --repeat 3",
+    ),
+    "encode": Section(
+        "Encoding",
+        "The filter's share of the time of `model.encode`, and our throughput against the "
+        "reference code's way, on a model of Qwen2.5-0.5B's shape.",
+        "benchmarks/encode.py --texts 64 --batches 1",
+    ),
+    "encode-small": Section(
+        "Encoding, a small model",
+        "The same where the backbone costs little, so that everything else shows.",
+        "benchmarks/encode.py --shape small",
+    ),
+    "load": Section(
+        "Loading",
+        "A backbone of Qwen2.5-0.5B's shape, loaded alone and with its filter, in turn; and "
+        "`import st_embfilter` against `import sentence_transformers`.",
+        "benchmarks/load.py",
+        cached=False,
+    ),
+    "sweep": Section(
+        "A sweep of 40 configurations",
+        "Against encoding once and scoring 40 sets of ready vectors, intervals included.",
+        "benchmarks/sweep.py",
+        cached=False,
+    ),
+    "spectroscopy": Section(
+        "Logit spectroscopy",
+        "Everything from opening the file to the shifts of all directions, in a fresh process.",
+        "benchmarks/spectroscopy.py",
+    ),
+}
+
+
+def processor() -> str:
+    """The name of the processor, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found[1] if found else platform.processor()}, {os.cpu_count()} threads"
+
+
+def run(section: Section, cache: Path) -> str:
+    """The section's text, with what its command printed."""
+    words = [*section.command.split(), *(["--cache", str(cache)] if section.cached else [])]
+    print(f"python {section.command}", flush=True)
+    # Standard error is left out: progress bars and warnings of libraries.
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *words],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)},
+    )
+    print(done.stdout, flush=True)
+    return (
+        f"{section.text}\n\n```\n$ python {section.command}\n{done.stdout.strip()}\n```\n\n"
+        f"{processor()}; torch {version('torch')}, transformers {version('transformers')}, "
+        f"sentence-transformers {version('sentence-transformers')}.\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", choices=SECTIONS)
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "st-embfilter-bench")
+    args = parser.parse_args()
+    old = PAGE.read_text() if PAGE.exists() else ""
+    kept = dict(re.findall(r"^## (.+)\n\n(.*?)(?=^## |\Z)", old, re.DOTALL | re.MULTILINE))
+    for name in args.only or SECTIONS:
+        kept[SECTIONS[name].title] = run(SECTIONS[name], args.cache)
+        parts = [
+            f"## {section.title}\n\n{kept[section.title].strip()}\n"
+            for section in SECTIONS.values()
+            if section.title in kept
+        ]
+        head = (
+            "# Benchmarks\n\nWritten by `make benchmark`; do not edit. Machines are noisy: compare "
+            "within a section, not between them.\n"
+        )
+        PAGE.write_text("\n".join([head, *parts]))
+
+
+if __name__ == "__main__":
+    main()
