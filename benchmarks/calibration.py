@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,10 @@ def transform(
     )
 
 
-def configurations(d: int, full: bool, sources: list[str]) -> Iterator[dict[str, Any]]:
-    """The whole grid for cheap tasks, and lines through its middle for the others."""
-    for keep in (d, d // 2, d // 4):
-        for source in sources:
-            for size in SIZES:
-                for strength in STRENGTHS[1:]:
-                    middle = (keep == d // 2) + (size == 1024) + (strength == 1.0)
-                    if full or (middle == 3 or (middle == 2 and source == "self")):
-                        yield {"keep": keep, "source": source, "size": size, "strength": strength}
+def configurations(d: int, sources: list[str]) -> Iterator[dict[str, Any]]:
+    """The whole grid."""
+    for keep, source, size, strength in product((d, d // 2, d // 4), sources, SIZES, STRENGTHS[1:]):
+        yield {"keep": keep, "source": source, "size": size, "strength": strength}
 
 
 def measure(
@@ -86,7 +82,7 @@ def measure(
         plain[keep] = task.run(Filtered(store, transform(raw, keep, keep, None, 0.0)))
         case = {"keep": keep, "prefix": keep, "source": "none", "size": 0, "strength": 0.0}
         yield {**facts, **case, "score": plain[keep].score, "delta": 0.0, "low": None, "high": None}
-    cases = list(configurations(d, info.task_type in ("STS", "Retrieval"), list(samples)))
+    cases = list(configurations(d, list(samples)))
     cases = [{**case, "prefix": case["keep"]} for case in cases]
     wide = {"keep": d, "source": "self", "size": 1024, "strength": 1.0}
     cases += [{**wide, "prefix": prefix} for prefix in (d // 2, d // 4, d // 8)]
