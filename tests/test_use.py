@@ -142,7 +142,7 @@ def ask(method, target, *arguments):
     queue = context.Queue()
     process = context.Process(target=target, args=(*arguments, queue))
     process.start()
-    result = queue.get(timeout=120)
+    result = queue.get(timeout=60)
     process.join()
     assert process.exitcode == 0
     return result
@@ -235,9 +235,8 @@ def test_a_compiled_model_gives_the_same_vectors(
     torch.compiler.reset()
 
 
-def test_inference_mode_leaves_nothing_behind(
-    model: SentenceTransformer, expected: np.ndarray
-) -> None:
+def test_inference_mode_leaves_nothing_behind(lm: Path, expected: np.ndarray) -> None:
+    model = build(lm)
     features = features_of(model)
     with torch.inference_mode():
         assert same(model.encode(TEXTS), expected)
