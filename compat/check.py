@@ -8,7 +8,11 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import runpy
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ANONYMIZED_TELEMETRY="False")
 
@@ -93,6 +97,29 @@ def bertopic(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
     return {"embeddings": topics.embedding_model.embed_documents(texts)}
 
 
+def onnx(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
+    return _exported("onnx", folder, texts)
+
+
+def openvino(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
+    # By default a CPU that can computes in 16 bits.
+    return _exported("openvino", folder, texts, ov_config={"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def _exported(
+    backend: str, folder: str, texts: list[str], **options: object
+) -> dict[str, np.ndarray]:
+    from sentence_transformers import SentenceTransformer
+
+    export = runpy.run_path(os.path.join(os.path.dirname(__file__), "export.py"))["export"]
+    with tempfile.TemporaryDirectory() as place:
+        copy = shutil.copytree(folder, os.path.join(place, "model"))
+        export(backend, Path(copy))
+        model = SentenceTransformer(copy, device="cpu", backend=backend, model_kwargs=options)
+        alone = np.concatenate([model.encode([text]) for text in texts])
+        return {"embeddings": model.encode(texts), "alone": alone}
+
+
 STACKS = {
     "sentence-transformers": sentence_transformers,
     "LangChain": langchain,
@@ -101,6 +128,8 @@ STACKS = {
     "Chroma": chroma,
     "txtai": txtai,
     "BERTopic": bertopic,
+    "ONNX Runtime": onnx,
+    "OpenVINO": openvino,
 }
 
 

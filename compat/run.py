@@ -78,6 +78,7 @@ class Stack:
     environment: str
     requirements: tuple[str, ...]
     note: str = ""
+    without: tuple[str, ...] = ()
 
 
 def plain(version: str, transformers: str) -> Stack:
@@ -104,6 +105,33 @@ STACKS = (
     through("Chroma", "chromadb", "`SentenceTransformerEmbeddingFunction`, through a collection"),
     through("txtai", "txtai", '`Embeddings(method="sentence-transformers")`'),
     through("BERTopic", "bertopic", "`BERTopic(embedding_model=...)`"),
+    Stack(
+        "ONNX Runtime",
+        "onnxruntime",
+        "onnx",
+        # Optimum's exporter to ONNX stops at transformers 4.57; sentence-transformers 6 starts
+        # at 5.
+        (
+            "sentence-transformers==5.7.0",
+            "transformers==4.57.6",
+            "optimum-onnx[onnxruntime]==0.1.0",
+        ),
+        '`backend="onnx"`, exported as below',
+    ),
+    Stack(
+        "OpenVINO",
+        "openvino",
+        "openvino",
+        (
+            "sentence-transformers==6.2.0",
+            "transformers==5.5.4",
+            "optimum-intel[openvino]==2.2.0",
+        ),
+        '`backend="openvino"`, exported as below',
+        # Required, not used, and built for a torch with CUDA: beside one without, transformers
+        # cannot be imported.
+        ("torchvision",),
+    ),
 )
 
 SERVERS = (
@@ -128,20 +156,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--environments", type=Path, default=ROOT / ".compat")
     parser.add_argument("--remove", action="store_true", help="remove environments after use")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="keep the rows of all others")
     arguments = parser.parse_args()
     outcomes = []
+    stacks = [stack for stack in STACKS if arguments.only is None or stack.name in arguments.only]
+    kept = PAGE.read_text(encoding="utf-8") if arguments.only else ""
     with tempfile.TemporaryDirectory() as temporary:
         folders, expected = build(Path(temporary))
-        for i, stack in enumerate(STACKS):
+        for i, stack in enumerate(stacks):
             environment = arguments.environments.absolute() / stack.environment
             outcomes.append(run(stack, environment, folders, expected))
-            last = all(later.environment != stack.environment for later in STACKS[i + 1 :])
+            last = all(later.environment != stack.environment for later in stacks[i + 1 :])
             if arguments.remove and last:
                 shutil.rmtree(environment, ignore_errors=True)
             print(json.dumps(line(outcomes[-1])), flush=True)
         served = [by_rule(name, version, rule, folders) for name, version, rule in SERVERS]
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(outcomes, served), encoding="utf-8")
+    PAGE.write_text(page(outcomes, served, kept), encoding="utf-8")
     print(f"Wrote {PAGE.relative_to(ROOT)}")
     return int(any(outcome.problem for outcome in outcomes) or any(p for *_, p in served))
 
@@ -165,7 +196,7 @@ def run(
 ) -> Outcome:
     """Installs what a stack needs, runs its check on every folder, compares."""
     try:
-        python = prepare(environment, stack.requirements)
+        python = prepare(environment, stack.requirements, stack.without)
         worst, normalizes, versions = 0.0, False, {}
         for name, folder in folders.items():
             output = folder.parent / "embeddings.npz"
@@ -198,7 +229,9 @@ def difference(theirs: np.ndarray, ours: np.ndarray) -> tuple[float, bool]:
     return float(np.abs(theirs - (unit if scaled else ours)).max()), scaled
 
 
-def prepare(environment: Path, requirements: tuple[str, ...]) -> Path:
+def prepare(
+    environment: Path, requirements: tuple[str, ...], without: tuple[str, ...] = ()
+) -> Path:
     """An environment with these requirements and nothing else; kept for the next run."""
     python = environment / "bin" / "python"
     stamp = environment / "requirements.txt"
@@ -210,6 +243,8 @@ def prepare(environment: Path, requirements: tuple[str, ...]) -> Path:
     # The constraints keep pip from a build of torch with CUDA, gigabytes that no check needs.
     constraints = ROOT / "constraints.txt"
     call([python, "-m", "pip", "install", "-q", "-c", constraints, *requirements])
+    if without:
+        call([python, "-m", "pip", "uninstall", "-q", "-y", *without])
     stamp.write_text(wanted)
     return python
 
@@ -261,9 +296,23 @@ def line(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def page(outcomes: list[Outcome], served: list[tuple[str, str, str | None]]) -> str:
-    """The text of docs/compatibility.md."""
-    rows = []
+def row_start(stack: Stack) -> str:
+    """How the row of a stack begins, up to a version that is pinned."""
+    pinned = dict(text.split("==") for text in stack.requirements if "==" in text)
+    return f"| {stack.name} {pinned.get(stack.package, '')}"
+
+
+def page(outcomes: list[Outcome], served: list[tuple[str, str, str | None]], kept: str = "") -> str:
+    """The text of docs/compatibility.md.
+
+    Args:
+        outcomes: Of the stacks that were run.
+        served: What the servers' rules say.
+        kept: The page as it is, with the rows of the stacks that were not.
+    """
+    ran = {outcome.stack for outcome in outcomes}
+    old = [row_start(stack) for stack in STACKS if stack not in ran]
+    rows = [line for line in kept.splitlines() if line.startswith(tuple(old))]
     for outcome in outcomes:
         stack, versions = outcome.stack, outcome.versions
         wanted = dict(text.split("==") for text in stack.requirements if "==" in text)
@@ -296,6 +345,26 @@ every entry.
 {chr(10).join(rows)}
 
 All with torch {torch} on a CPU.
+
+## ONNX and OpenVINO
+
+`SentenceTransformer(folder, backend="onnx")` and `backend="openvino"` run the backbone there;
+pooling and filter stay in torch. What they export by themselves does not work for a decoder: the
+exporters of optimum make `position_ids` an input of the graph, and sentence-transformers gives
+none. ONNX Runtime then says `Input position_ids is required by model but not provided`; OpenVINO
+fails or, without a word, gives NaN.
+Export without that input first, once, into the folder, and load it as usual:
+
+```shell
+python compat/export.py onnx FOLDER  # or openvino
+```
+
+OpenVINO computes in 16 bits on a CPU that can, unless it is told otherwise, as it was here:
+`model_kwargs={{"ov_config": {{"INFERENCE_PRECISION_HINT": "f32"}}}}`.
+
+Optimum-onnx 0.1.0 needs transformers below 4.58 and sentence-transformers 6 needs 5 or newer, so
+they cannot be installed together; sentence-transformers 5.7.0 works with both. In the environment
+of OpenVINO torchvision must fit the build of torch, or be uninstalled.
 
 ## Checked by rule, not run
 

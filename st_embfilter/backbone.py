@@ -41,7 +41,8 @@ _BACKBONE_FILES: Final = re.compile(
 _SAFETENSORS: Final = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _TORCH_FILES: Final = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
 
-_SAMPLED_VALUES: Final = 32
+#: Values that are compared at a time.
+_BLOCK_VALUES: Final = 2**24
 
 
 def load_backbone(
@@ -236,10 +237,11 @@ def backbone_files(folder: Path) -> list[Path]:
 
 
 def is_unchanged(model: nn.Module, folder: Path) -> bool:
-    """Whether a live model still has the weights of its folder, judged by sampled values.
+    """Whether a live model still has the weights of its folder.
 
-    Compares the first values of every tensor that is stored under a name of the model. False if a
-    value differs beyond the cast to the live dtype, or nothing could be compared.
+    Compares every tensor that is stored under a name of the model, whole: training may have moved a
+    few rows of one matrix. False if a value differs beyond the cast to the live dtype, or nothing
+    could be compared.
     """
     live = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -249,17 +251,16 @@ def is_unchanged(model: nn.Module, folder: Path) -> bool:
             with safe_open(file, framework="pt") as stored:
                 for key in stored.keys():  # noqa: SIM118 - no mapping
                     value = live.get(key, live.get(key.removeprefix(prefix)))
-                    if value is None or value.device.type == "meta":
+                    if value is None or value.device.type == "meta" or value.ndim == 0:
                         continue
-                    sample = stored.get_slice(key)
-                    if list(sample.get_shape()) != list(value.shape) or value.ndim == 0:
-                        continue
-                    # Along the first row only, so that no whole tensor is read.
-                    row = sample[0:1] if value.ndim > 1 else sample[:_SAMPLED_VALUES]
-                    mine = (value[:1] if value.ndim > 1 else value).flatten()[:_SAMPLED_VALUES]
-                    theirs = row.flatten()[:_SAMPLED_VALUES].to(mine.dtype)
-                    if not torch.equal(mine.cpu(), theirs):
+                    theirs = stored.get_slice(key)
+                    if list(theirs.get_shape()) != list(value.shape):
                         return False
+                    rows = max(1, _BLOCK_VALUES * len(value) // max(1, value.numel()))
+                    for first in range(0, len(value), rows):
+                        mine = value[first : first + rows].cpu()
+                        if not torch.equal(mine, theirs[first : first + rows].to(mine.dtype)):
+                            return False
                     compared += 1
         except SafetensorError:
             return False

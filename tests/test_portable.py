@@ -311,3 +311,21 @@ def test_the_page_has_every_stack() -> None:
     for name, version, _ in run.SERVERS:
         assert f"| {name} {version} |" in page
     assert "**no**" not in page
+
+
+def test_a_run_of_some_stacks_keeps_the_rows_of_the_others() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    stack = next(stack for stack in run.STACKS if stack.name == "OpenVINO")
+    versions = {"openvino": "1.2.3", "sentence-transformers": "6.2.0", "torch": "9"}
+    again = run.page([run.Outcome(stack, versions, 0.0, False, None)], [], page)
+    before, after = (
+        [
+            line
+            for line in text.splitlines()
+            if line.startswith(tuple(map(run.row_start, run.STACKS)))
+        ]
+        for text in (page, again)
+    )
+    assert len(before) == len(run.STACKS)
+    assert after[:-1] == before[:-1]
+    assert after[-1].startswith("| OpenVINO 1.2.3 |")
