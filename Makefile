@@ -37,7 +37,7 @@ COMPAT ?= .compat
 compat: $(VENV)/.ready  ## load a saved model through other libraries, write docs/compatibility.md
 	$(BIN)/python -m compat.run --environments $(COMPAT)
 
-hardening: $(VENV)/.ready-dev  ## hostile inputs, crashes, soak; writes nothing
+hardening: $(VENV)/.ready-dev  ## hostile inputs, crashes, soak; HARDENING=--write for docs/hardening.md
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m hardening $(HARDENING)
 
 model-cards: $(VENV)/.ready  ## render model_cards/

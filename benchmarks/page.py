@@ -40,9 +40,14 @@ SECTIONS = {
     "build": Section(
         "Building a filter",
         "Time and growth of peak memory, each method in a fresh process, imports not counted. "
-        "Random bfloat16 matrices with the singular values of the demo LM, stretched to the "
-        "width. A full-rank randomised SVD is only run where it ends in minutes.",
-        "benchmarks/build.py --repeat 2",
+        "Random bfloat16 matrices with the singular values of the demo LM, stretched to the width.",
+        "benchmarks/build.py --shape qwen2.5-0.5b",
+    ),
+    "build-large": Section(
+        "Building a filter, a large matrix",
+        "The same where scipy and scikit-learn take too long.",
+        "benchmarks/build.py --shape llama-3.1-8b --method ours --method torch-svd --method read "
+        "--method multiply",
     ),
     "growth": Section(
         "How a build grows",

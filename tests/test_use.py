@@ -140,7 +140,7 @@ def load(folder, texts, queue):
 def ask(method, target, *arguments):
     context = multiprocessing.get_context(method)
     queue = context.Queue()
-    process = context.Process(target=target, args=(*arguments, queue))
+    process = context.Process(target=target, args=(*arguments, queue), daemon=True)
     process.start()
     result = queue.get(timeout=60)
     process.join()
