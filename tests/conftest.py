@@ -8,6 +8,9 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TERM"] = "dumb"
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads would fight for them
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import time
 from collections.abc import Callable, Iterator
