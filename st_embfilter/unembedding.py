@@ -52,6 +52,7 @@ CONFIG_FILE: Final = "config.json"
 MAX_LAYERS: Final = 2_000
 
 _BLOCK_BYTES: Final = 64 * 2**20
+_LARGE_BYTES: Final = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Unembedding:
         Args:
             band: The band that must be exact.
             precision: Arithmetic inside a block, see `spectrum_of`. By default "auto" for matrices
-                stored in 16 bits or less with more than 64 MiB, and "float64" for all others and
+                stored in 16 bits or less with more than 32 MiB, and "float64" for all others and
                 for remote ones, which "auto" may have to read twice.
             device: Where the products are computed.
             progress: Called after each block.
@@ -161,7 +162,7 @@ class Unembedding:
                     progress(done, self.stored.nbytes)
 
         if precision is None:
-            large = self.stored.nbytes > _BLOCK_BYTES
+            large = self.stored.nbytes > _LARGE_BYTES
             quick = large and self.stored.dtype.itemsize <= 2 and not self.stored.remote
             precision = "auto" if quick else "float64"
         spectrum = spectrum_of(hashed_blocks, self.d, band=band, precision=precision, device=device)
