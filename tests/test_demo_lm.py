@@ -282,7 +282,7 @@ def test_evaluation_folders_are_read(scripts: dict[str, ModuleType], tmp_path: P
     (tmp_path / "corpus.jsonl").write_text('{"_id": "1", "title": "Five", "text": "Six."}\n')
     (tmp_path / "qrels.tsv").write_text("1\t1\t1\n")
     texts = set(scripts["check_overlap"].evaluation_texts(tmp_path))
-    assert texts == {"One, two.", "Three.", "5.0", "Four.", "Five. Six."}
+    assert texts == {"One, two.", "Three.", "Four.", "Five. Six."}
 
 
 def test_the_figure_and_the_comparison(
