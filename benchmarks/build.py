@@ -144,6 +144,7 @@ def compare(shape: str, methods: list[str], cache: Path, repeat: int) -> None:
     rows, d = size(shape)
     print(f"\n{shape}: W_U {rows:,} x {d:,} bfloat16, {torch.get_num_threads()} threads")
     print(f"{'':58} {'seconds':>8} {'MiB':>7} {'time':>6} {'memory':>7}")
+    run("read", folder)  # into the system's file cache: the disk is not what is compared
     ours: dict[str, float] | None = None
     for method in methods:
         best = best_of(method, folder, repeat)

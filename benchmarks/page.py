@@ -39,15 +39,16 @@ class Section:
 SECTIONS = {
     "build": Section(
         "Building a filter",
-        "Time and growth of peak memory, each method in a fresh process, imports not counted. "
+        "Time (best of two) and growth of peak memory, each in a fresh process, imports not "
+        "counted, the file in the system's cache. "
         "Random bfloat16 matrices with the singular values of the demo LM, stretched to the width.",
-        "benchmarks/build.py --shape qwen2.5-0.5b",
+        "benchmarks/build.py --shape qwen2.5-0.5b --repeat 2",
     ),
     "build-large": Section(
         "Building a filter, a large matrix",
         "The same where scipy and scikit-learn take too long.",
         "benchmarks/build.py --shape llama-3.1-8b --method ours --method torch-svd --method read "
-        "--method multiply",
+        "--method multiply --repeat 2",
     ),
     "growth": Section(
         "How a build grows",
@@ -68,7 +69,7 @@ SECTIONS = {
     "load": Section(
         "Loading",
         "A backbone of Qwen2.5-0.5B's shape, loaded alone and with its filter, in turn; and "
-        "`import st_embfilter` against `import sentence_transformers`.",
+        "`import st_embfilter` on top of `import sentence_transformers`.",
         "benchmarks/load.py",
         cached=False,
     ),
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "st-embfilter-bench")
     args = parser.parse_args()
     old = PAGE.read_text() if PAGE.exists() else ""
-    kept = dict(re.findall(r"^## (.+)\n\n(.*?)(?=^## |\Z)", old, re.DOTALL | re.MULTILINE))
+    kept = dict(re.findall(r"^## ([^\n]+)\n\n(.*?)(?=^## |\Z)", old, re.DOTALL | re.MULTILINE))
     for name in args.only or SECTIONS:
         kept[SECTIONS[name].title] = run(SECTIONS[name], args.cache)
         parts = [

@@ -83,19 +83,21 @@ class Ready:
         return self.vectors[[self.place[text] for text in texts]]
 
 
-def timed(work: Callable[[], object], repeat: int) -> float:
-    seconds = []
+def timed(works: Sequence[Callable[[], object]], repeat: int) -> list[float]:
+    """Median seconds of each, done in turn: a busy minute of the machine hits all alike."""
+    seconds: list[list[float]] = [[] for _ in works]
     for _ in range(repeat):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        for work, taken in zip(works, seconds, strict=True):
+            start = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=DEMO_LM)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=5)
     arguments = parser.parse_args()
     raw = raw_model(arguments.model, device="cpu", show_progress_bar=False)
     measured = tasks()
@@ -130,7 +132,7 @@ def main() -> None:
         if len(rows) != 40 * len(measured):
             raise SystemExit(f"expected 40 rows a task, got {len(rows)}")
 
-    encoding, scoring, total = (timed(w, arguments.repeat) for w in (encode, score, whole))
+    encoding, scoring, total = timed((encode, score, whole), arguments.repeat)
     floor = encoding + scoring
     print(f"texts                    {sum(map(len, texts)):8,}")
     print(f"encoding once            {encoding:8.2f} s")

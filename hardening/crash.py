@@ -20,7 +20,7 @@ from pathlib import Path
 
 import st_embfilter
 from st_embfilter.folders import staged
-from tests.conftest import tiny_lm
+from tests.conftest import contents, tiny_lm
 from tests.hub_server import TOKEN, LocalHub
 
 #: Seconds; a save takes a hundredth of one, a build and a push a tenth.
@@ -68,12 +68,6 @@ def digest(files: dict[str, bytes]) -> str:
     return found.hexdigest()
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by its relative path."""
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
 def prepare(place: Path) -> set[str]:
     """A language model and two filtered models of it; returns their digests."""
     tiny_lm(place / "lm")
@@ -109,7 +103,7 @@ def start(place: Path, endpoint: str) -> subprocess.Popen[str]:
 
 
 def kill_at_random(forker: subprocess.Popen[str], action: str, target: str) -> bool:
-    """One worker, killed within a second of its start; whether the kill is what ended it."""
+    """One worker, killed within `LONGEST` of its start; whether the kill is what ended it."""
     assert forker.stdin is not None
     assert forker.stdout is not None
     forker.stdin.write(f"{action} {target}\n")

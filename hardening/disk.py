@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import st_embfilter
-from hardening.crash import contents, digest, prepare
+from hardening.crash import digest, prepare
 from st_embfilter.errors import OutputError
+from tests.conftest import contents
 
 SIZE_KIB = 512
 

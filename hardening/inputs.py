@@ -9,10 +9,8 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-import st_embfilter
 from st_embfilter.errors import EmbedFilterError
-from tests.conftest import tiny_lm
-from tests.hostile import CANARY, CHECKPOINTS, FILTERS, attempt
+from tests.hostile import CANARY, CHECKPOINTS, FILTERS, good_models
 
 
 def inputs() -> Counter[str]:
@@ -25,22 +23,17 @@ def inputs() -> Counter[str]:
     home = Path.cwd()
     place = Path(tempfile.mkdtemp(prefix="st-embfilter-inputs-"))
     try:
-        tiny_lm(place / "lm", tie_word_embeddings=False)
-        model = st_embfilter.from_causal_lm(
-            place / "lm", normalize=True, device="cpu", show_progress_bar=False
-        )
-        st_embfilter.save_pretrained(model, place / "saved")
+        good = good_models(place / "good")
         (place / "work").mkdir()
         os.chdir(place / "work")
         for case in CHECKPOINTS + FILTERS:
             folder = place / "model"
-            shutil.copytree(place / ("lm" if case.how in ("build", "embed") else "saved"), folder)
-            case.change(folder)
+            case.spoil(good, folder)
             found["tried"] += 1
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    attempt(case.how, folder)
+                    case.attempt(folder)
                 found["failed"] += 1  # it was accepted
             except EmbedFilterError:
                 found["refused"] += 1

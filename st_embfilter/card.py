@@ -378,12 +378,14 @@ def write_card(folder: str | os.PathLike[str], *, repo_id: str | None = None) ->
     return target
 
 
-def base_card(name_or_path: str, revision: str | None = None) -> str | None:
+def base_card(
+    name_or_path: str, revision: str | None = None, token: str | bool | None = None
+) -> str | None:
     """The card of a base model from its folder, the Hub cache or the Hub; None if there is none."""
     try:
         file = Path(name_or_path) / CARD_FILE
         if not os.path.isdir(name_or_path):
-            file = Path(hf_hub_download(name_or_path, CARD_FILE, revision=revision))
+            file = Path(hf_hub_download(name_or_path, CARD_FILE, revision=revision, token=token))
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError):  # absent, offline, private, no Hub id, no UTF-8
         return None

@@ -23,8 +23,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 #: A folder with one of these is a model or a filter of ours, which may be overwritten.
-_OURS = ("modules.json", "embfilter.json")
-
+_OURS: Final = ("modules.json", "embfilter.json")
 
 #: What `mkdtemp` puts into a name.
 _UNIQUE: Final = re.compile(r"\.[a-z0-9_]{8}$")

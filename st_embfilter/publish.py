@@ -97,7 +97,11 @@ _TOKENIZER: Final = re.compile(
 
 
 def save_pretrained(
-    model: SentenceTransformer, path: str | os.PathLike[str], *, overwrite: bool = False
+    model: SentenceTransformer,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    token: str | bool | None = None,
 ) -> Path:
     """Writes the portable folder; plain `SentenceTransformer(path)` loads it.
 
@@ -111,6 +115,7 @@ def save_pretrained(
         model: Transformer, Pooling, EmbedFilterLayer and optionally Normalize.
         path: Target folder; must be missing or empty.
         overwrite: Replace a model folder that is there already.
+        token: Hub token, to read the base model's card for its licence and languages.
 
     Returns:
         The target folder.
@@ -125,7 +130,7 @@ def save_pretrained(
     if source is not None and source.resolve() == target.resolve():
         raise OutputError(f"the output folder must not be the model's source, got {path}")
     with staged(target, overwrite=overwrite) as folder:
-        _write(model, folder)
+        _write(model, folder, token=token)
     if is_plugin(model):
         logger.warning(
             "%s is in plugin form, because no portable folder can express its prompt; load it with "
@@ -172,7 +177,7 @@ def push_to_hub(
         HubError: If the Hub refuses.
     """
     with tempfile.TemporaryDirectory(prefix="st-embfilter-") as folder:
-        _write(model, Path(folder), _link)
+        _write(model, Path(folder), _link, token=token)
         return push_folder(
             folder,
             repo_id,
@@ -245,8 +250,14 @@ def validate_folder(folder: str | os.PathLike[str]) -> None:
     check_card((folder / CARD_FILE).read_text(encoding="utf-8", errors="replace"))
 
 
-def portable_files(model: SentenceTransformer) -> dict[str, bytes]:
+def portable_files(
+    model: SentenceTransformer, *, token: str | bool | None = None
+) -> dict[str, bytes]:
     """Every small file of the portable folder by its relative path; all but the backbone's own.
+
+    Args:
+        model: Transformer, Pooling, EmbedFilterLayer and optionally Normalize.
+        token: Hub token, to read the base model's card.
 
     Raises:
         FormatError: If the model is not Transformer, Pooling, EmbedFilterLayer, [Normalize].
@@ -290,7 +301,8 @@ def portable_files(model: SentenceTransformer) -> dict[str, bytes]:
     }
     if layer.singular_values is not None:
         files[SPECTRUM_FILE] = save({"singular_values": layer.singular_values.cpu()})
-    files[CARD_FILE] = render(facts_of_files(files, base_card=_base_card(model))).encode()
+    inherited_from = _base_card(model, token)
+    files[CARD_FILE] = render(facts_of_files(files, base_card=inherited_from)).encode()
     return files
 
 
@@ -353,9 +365,11 @@ def _write(
     model: SentenceTransformer,
     folder: Path,
     place: Callable[[Path, Path], object] = shutil.copyfile,
+    *,
+    token: str | bool | None = None,
 ) -> None:
     """Fills an empty folder; `place(source, target)` puts the weights of the backbone there."""
-    files = portable_files(model)
+    files = portable_files(model, token=token)
     inner = backbone_model(model)
     if has_adapter(inner):
         raise FormatError(
@@ -426,10 +440,10 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _base_card(model: SentenceTransformer) -> str | None:
+def _base_card(model: SentenceTransformer, token: str | bool | None) -> str | None:
     name = source_name(model)
     commit = getattr(getattr(backbone_model(model), "config", None), "_commit_hash", None)
-    return None if name is None else base_card(name, commit)
+    return None if name is None else base_card(name, commit, token)
 
 
 def _json(value: object) -> bytes:

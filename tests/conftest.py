@@ -95,6 +95,12 @@ def sine(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.matrix_norm(qb - qa @ (qa.T @ qb), ord=2))
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its relative path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
 def same(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-6) -> bool:
     """Equal but for the last bits, which hang on how memory happens to be aligned."""
     return a.shape == b.shape and float(np.abs(a - b).max()) <= tolerance

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import st_embfilter
 from st_embfilter.build import build_filter, load_filter
 from st_embfilter.errors import EmbedFilterError, FormatError, PlacementError, UnembeddingError
+from tests.conftest import tiny_lm
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -52,17 +53,31 @@ class Hostile:
     error: type[EmbedFilterError] = UnembeddingError
     how: str = "build"
 
+    def spoil(self, good: Path, folder: Path) -> None:
+        """Copies a good model (see `good_models`) and changes the copy."""
+        shutil.copytree(good / ("lm" if self.how in ("build", "embed") else "saved"), folder)
+        self.change(folder)
 
-def attempt(how: str, folder: Path) -> None:
-    """Opens a model in the way that the case names."""
-    if how == "build":
-        build_filter(folder, show_progress_bar=False)
-    elif how == "embed":
-        st_embfilter.from_causal_lm(folder, device="cpu", show_progress_bar=False)
-    elif how == "filter":
-        load_filter(folder)
-    else:
-        st_embfilter.load(folder, device="cpu")
+    def attempt(self, folder: Path) -> None:
+        """Opens the model."""
+        if self.how == "build":
+            build_filter(folder, show_progress_bar=False)
+        elif self.how == "embed":
+            st_embfilter.from_causal_lm(folder, device="cpu", show_progress_bar=False)
+        elif self.how == "filter":
+            load_filter(folder)
+        else:
+            st_embfilter.load(folder, device="cpu")
+
+
+def good_models(place: Path) -> Path:
+    """A tiny language model, `lm`, and a filtered model of it, `saved`, in a folder."""
+    tiny_lm(place / "lm", tie_word_embeddings=False)
+    model = st_embfilter.from_causal_lm(
+        place / "lm", normalize=True, device="cpu", show_progress_bar=False
+    )
+    st_embfilter.save_pretrained(model, place / "saved")
+    return place
 
 
 class Payload:

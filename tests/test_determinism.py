@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from st_embfilter.spectrum import Band
-from tests.conftest import DEMO_LM, ROOT, TINY, sine
+from tests.conftest import DEMO_LM, ROOT, TINY, contents, sine
 
 # In a fresh process each time: a float64 build, a float32 one, and what they are saved as.
 BUILD = """
@@ -66,14 +66,6 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             timeout=300,
         )
     return folders
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.mark.parametrize("case", CASES)

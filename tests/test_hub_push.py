@@ -20,7 +20,7 @@ from st_embfilter import EmbedFilterLayer, build_filter, publish
 from st_embfilter.cli.app import app
 from st_embfilter.errors import FormatError, HubError, ProvenanceError, ShapeError
 from st_embfilter.publish import push_folder, push_to_hub, validate_folder
-from tests.conftest import DEMO_LM, TEXTS, MakeLM, same
+from tests.conftest import DEMO_LM, TEXTS, MakeLM, contents, same
 from tests.hub_server import TOKEN, LocalHub
 
 # huggingface_hub's own upload of a file.
@@ -31,14 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 def model(make_lm: MakeLM) -> SentenceTransformer:
     folder, _ = make_lm(tie_word_embeddings=False)
     return st_embfilter.from_causal_lm(folder, device="cpu", normalize=True)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def pushed(hub: LocalHub, repo: str = "me/model") -> dict[str, bytes]:
@@ -56,7 +48,7 @@ def test_push_is_the_portable_folder_in_one_commit(
     assert (done.oid, done.repo_url.repo_id) == (commit.sha, "me/model")
     assert done.commit_url == f"{hub.url}/me/model/commit/{commit.sha}"
     assert not hub.repos["me/model"].private
-    saved = tree(st_embfilter.save_pretrained(model, tmp_path / "saved"))
+    saved = contents(st_embfilter.save_pretrained(model, tmp_path / "saved"))
     readme = saved.pop("README.md")
     files = pushed(hub)
     assert files.pop("README.md") != readme
@@ -169,6 +161,15 @@ def test_passing_faults_of_an_upload(
     assert "modules.json" in hub.repos["me/model"].files
 
 
+def test_the_licence_of_a_private_base_model(hub: LocalHub, tmp_path: Path) -> None:
+    hub.add("org/lm", DEMO_LM, private=True)
+    model = st_embfilter.from_causal_lm("org/lm", device="cpu", token=TOKEN)
+    st_embfilter.save_pretrained(model, tmp_path / "saved", token=TOKEN)
+    push_to_hub(model, "me/model", token=TOKEN)
+    for card in (tmp_path / "saved" / "README.md").read_bytes(), pushed(hub)["README.md"]:
+        assert b"\nlicense: cc-by-4.0\n" in card
+
+
 def test_without_a_token(hub: LocalHub, model: SentenceTransformer) -> None:
     with pytest.raises(HubError, match="needs a valid token or does not exist, got 401; log in"):
         push_to_hub(model, "me/model")
@@ -254,7 +255,7 @@ def test_an_edited_card_is_pushed_as_it_is(hub: LocalHub, saved_demo: Path, tmp_
 def test_a_filter_alone_makes_the_round_trip(hub: LocalHub, tmp_path: Path) -> None:
     layer = build_filter(DEMO_LM, show_progress_bar=False)
     folder = layer.save_pretrained(tmp_path / "filter")
-    assert sum(map(len, tree(folder).values())) < 200_000
+    assert sum(map(len, contents(folder).values())) < 200_000
     layer.push_to_hub("me/filter", token=TOKEN)
     assert len(hub.repos["me/filter"].commits) == 2
     push_folder(folder, "me/folder", token=TOKEN)

@@ -57,5 +57,7 @@ def demo(
         ]
         tokens.add_row(escape(shown.text), *map(escape, words))
     out.print(tokens)
+    if model is None and data is None:
+        out.print("README.md says what to expect of so small a model.", highlight=False)
     if output is not None:
         out.print(f"Saved to {output}", highlight=False)
