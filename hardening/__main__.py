@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -46,25 +48,35 @@ Written by `make hardening HARDENING=--write`.
   lower precision, training, and builds that must give the same bytes.
 """
 
+#: What a report of pytest counts.
+COUNTS = ("tests", "skipped", "failures", "errors")
+
 #: Growth of the resident memory that counts as flat, in MiB.
 GROWTH = 5.0
 
 
 def pytest(name: str) -> tuple[int, int]:
-    """Runs one file of tests; returns how many passed and how many did not."""
+    """Runs one file of tests; returns how many passed, and how many did not or could not run."""
     print(f"tests/test_{name}.py ...", flush=True)
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:randomly"]
-    done = subprocess.run(
-        [*command, f"tests/test_{name}.py"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    last = (done.stdout.strip().splitlines() or [""])[-1]
-    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|error)", last)}
-    bad = counts.get("failed", 0) + counts.get("error", 0)
-    if done.returncode and not bad:
-        bad = 1
-    if bad:
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place) / "report.xml"
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", f"tests/test_{name}.py", f"--junitxml={report}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        suites = ElementTree.parse(report).iter("testsuite") if report.exists() else ()
+        counts = Counter[str]()
+        for suite in suites:
+            counts.update({what: int(suite.get(what, 0)) for what in COUNTS})
+    bad = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - counts["skipped"] - bad
+    if done.returncode or not passed:
+        bad = max(bad, 1)
         print(done.stdout[-4000:], done.stderr[-2000:], sep="\n")
-    return counts.get("passed", 0), bad
+    return passed, bad
 
 
 def main() -> int:

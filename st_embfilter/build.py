@@ -32,6 +32,7 @@ from st_embfilter.calibration import (
     moments,
     texts_hash,
 )
+from st_embfilter.checkpoint import ModelFiles
 from st_embfilter.errors import (
     BackboneError,
     CalibrationError,
@@ -39,13 +40,14 @@ from st_embfilter.errors import (
     FormatError,
     HubError,
     PlacementError,
+    PromptError,
     ProvenanceError,
     ShapeError,
     UnembeddingError,
 )
 from st_embfilter.hub import is_repo_id, model_files
 from st_embfilter.layer import EmbedFilterLayer, check_placement, filter_of
-from st_embfilter.metadata import FilterMetadata
+from st_embfilter.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.modules_file import (
     MODULES_FILE,
     check_dense_config,
@@ -143,6 +145,7 @@ def from_causal_lm(
     chosen.width(unembedding.d)  # a band that does not fit is an error before any download
     if unembedding.model_id == name:
         revision = unembedding.revision  # the commit, should the branch move meanwhile
+    _check_plain(model_files(name, revision=revision, token=token))
     backbone = load_backbone(
         name,
         max_seq_length=max_seq_length,
@@ -193,6 +196,20 @@ def from_causal_lm(
         seed=calibration_seed if calibrate == "self" else None,
         show_progress_bar=show_progress_bar,
     )
+
+
+def _check_plain(files: ModelFiles) -> None:
+    """A model that was saved with a prompt puts every text into it, a second prompt as well."""
+    path = files.path(METADATA_FILE)
+    if path is None:
+        return
+    metadata = FilterMetadata.from_json(path.read_text(encoding="utf-8", errors="replace"))
+    if metadata.prompt is not None:
+        raise PromptError(
+            "a language model must read texts as they are, got a filtered model with a prompt in "
+            f"{files.name}; load it with st_embfilter.load, or build from "
+            f"{metadata.provenance.model_id or 'the model that it was made from'}"
+        )
 
 
 def build_filter(

@@ -88,10 +88,18 @@ def raw_model(
         dtype: Of the backbone, as in transformers.
         trust_remote_code: Allow model code of the checkpoint to run.
         show_progress_bar: Show a bar while the unembedding matrix is read.
+
+    Raises:
+        DataError: If a filtered model is given a prompt or a pooling.
     """
     name = os.fspath(name_or_path)
     is_filtered = (Path(name) / METADATA_FILE).is_file()
     if is_filtered:
+        if (prompt, pooling) != (None, None):
+            raise DataError(
+                "a filtered model has a prompt and a pooling of its own, got prompt or pooling for "
+                f"{name}; give the language model that it was made from"
+            )
         model = load(name, device=device, trust_remote_code=trust_remote_code)
     else:
         model = from_causal_lm(
@@ -116,7 +124,7 @@ def raw_model(
         without_filter(model),
         spectrum,
         Path(name).resolve().name if Path(name).is_dir() else name,
-        prompt or (None if recipe is None else str(recipe.get("recipe", "custom"))),
+        prompt or (None if recipe is None else str(recipe["recipe"])),
         unit,
         layer if is_filtered else None,
     )

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 import st_embfilter
 from st_embfilter import Echo, MetaEOL, PromptEOL
 from st_embfilter.cli.app import app
-from st_embfilter.errors import FormatError, PromptError
+from st_embfilter.errors import DataError, FormatError, PromptError
+from st_embfilter.evaluation import raw_model
 from st_embfilter.layer import filter_of
 from st_embfilter.metadata import FilterMetadata
 from st_embfilter.prompts import parse_prompt, recipe_from_dict
@@ -282,6 +283,20 @@ def test_what_is_pooled(demo: tuple[str, SentenceTransformer]) -> None:
                 copies = len(alone(tokenizer, text)) + 1  # and the closing EOS
                 pooled = hidden[-copies:].mean(0) if name == "echo" else hidden[-1]
         assert np.abs((projection @ pooled).numpy() - embedding).max() <= 1e-5
+
+
+def test_a_prompt_in_a_prompt_is_an_error(tmp_path: Path) -> None:
+    model = st_embfilter.from_causal_lm(DEMO_LM, prompt="prompteol", device="cpu")
+    saved = st_embfilter.save_pretrained(model, tmp_path / "saved")
+    for prompt in (None, "echo"):
+        with pytest.raises(PromptError, match=r"read texts as they are, .* or build from openstax"):
+            st_embfilter.from_causal_lm(saved, prompt=prompt, device="cpu")
+    with pytest.raises(DataError, match="a prompt and a pooling of its own"):
+        raw_model(saved, prompt="echo", device="cpu")
+    plain = st_embfilter.save_pretrained(
+        st_embfilter.from_causal_lm(DEMO_LM, device="cpu"), tmp_path / "plain"
+    )
+    assert st_embfilter.from_causal_lm(plain, keep=32, device="cpu")[2].out_features == 32
 
 
 def test_meta_eol_is_the_mean_of_prompt_eol() -> None:
