@@ -259,14 +259,15 @@ def spectrum_of(
         UnembeddingError: If the matrix is not finite, all zero, or has fewer rows than columns.
     """
     first = torch.float64 if precision == "float64" else torch.float32
-    try:
-        spectrum = _accumulate(blocks(), d, first, device)
-        if precision != "auto" or spectrum.subspace_error(band or Band()) <= FLOAT32_TOLERANCE:
-            return spectrum
-    except PrecisionError:
-        if precision != "auto":
-            raise
-    return _accumulate(blocks(), d, torch.float64, device)
+    with _one_torch_thread():
+        try:
+            spectrum = _accumulate(blocks(), d, first, device)
+            if precision != "auto" or spectrum.subspace_error(band or Band()) <= FLOAT32_TOLERANCE:
+                return spectrum
+        except PrecisionError:
+            if precision != "auto":
+                raise
+        return _accumulate(blocks(), d, torch.float64, device)
 
 
 def spectrum_of_weight(weight: Tensor, *, rows_per_block: int = 8192) -> Spectrum:
@@ -285,10 +286,9 @@ def _accumulate(
     blocks: Iterable[Tensor], d: int, dtype: torch.dtype, device: torch.device | str
 ) -> Spectrum:
     gram = GramAccumulator(d, block_dtype=dtype, device=device)
-    with _one_torch_thread():
-        for block in blocks:
-            gram.update(block)
-        return gram.spectrum()
+    for block in blocks:
+        gram.update(block)
+    return gram.spectrum()
 
 
 @contextmanager

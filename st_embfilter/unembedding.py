@@ -345,8 +345,12 @@ def find_output_embedding(
             quantised in a way that cannot be undone exactly.
     """
     names, tied, weight = _output_embedding(model)
-    stored_as = _stored_names(model, checkpoint.names)
-    found = next((stored_as[name] for name in names if name in stored_as), None)
+    # Most checkpoints hold it under the model's own name. Only for others does transformers compile
+    # the renamings of all its architectures, which takes as long as the spectrum of a small model.
+    found = next((name for name in names if name in checkpoint.names), None)
+    if found is None:
+        stored_as = _stored_names(model, checkpoint.names)
+        found = next((stored_as[name] for name in names if name in stored_as), None)
     if found is None:
         check_not_packed(names, checkpoint.names)
         raise UnembeddingError(
