@@ -4,13 +4,19 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint types wheel benchmark compat hardening coverage-full figures model-cards results calibration clean
+.PHONY: demo test test-latest lint types wheel benchmark compat hardening coverage-full figures model-cards results calibration clean
 
 demo: $(VENV)/.ready  ## set up, then filter the demo LM and show what changes
 	$(BIN)/st-embfilter demo
 
 test: $(VENV)/.ready-dev  ## set up, then run the tests
 	$(BIN)/python -m pytest -n auto
+
+test-latest:  ## the tests with the newest release of every library but torch
+	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	grep '^torch==' constraints.txt > .venv-latest/constraints.txt
+	.venv-latest/bin/python -m pip --disable-pip-version-check -q install -U --upgrade-strategy eager -c .venv-latest/constraints.txt -e '.[dev]'
+	.venv-latest/bin/python -m pytest -n auto
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
@@ -50,7 +56,6 @@ results: $(VENV)/.ready-dev  ## docs/results-demo-lm.md; needs DATA=folder, see 
 calibration: $(VENV)/.ready-dev  ## docs/calibration.md; DATA as for results, CORPUS one text a line
 	$(BIN)/python -m benchmarks.calibration $(DATA) $(if $(CORPUS),--corpus $(CORPUS))
 
-# constraints.txt keeps pip from downloading a CUDA build of torch.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt -e .
@@ -61,4 +66,4 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(COMPAT) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-latest $(COMPAT) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

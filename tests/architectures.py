@@ -54,9 +54,6 @@ MIND_PADDING: Final = {"cpmant"}
 NOT_BUILT: Final = {
     "gemma3n": "its vision tower needs the library timm; `gemma3n_text` works",
     "gemma4_assistant": "drafts for another model whose keys and values it reads; none of its own",
-    "gemma4_unified_assistant": (
-        "drafts for another model whose keys and values it reads; none of its own"
-    ),
     "musicgen": "writes audio codes, and AutoModelForCausalLM cannot build it from its own config",
     "musicgen_melody": (
         "writes audio codes, and AutoModelForCausalLM cannot build it from its own config"
@@ -102,6 +99,13 @@ EXCEPTIONS: Final[dict[str, dict[str, Any]]] = {
         }
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_hidden_layers": 3,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note_text": {
         "swa_num_attention_heads": 4,

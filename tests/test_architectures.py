@@ -1,6 +1,8 @@
 """A core set of architectures goes the whole way; docs/architectures.md tells of all of them.
 
-`make coverage-full` runs every one and writes that table.
+`make coverage-full` runs every one and writes that table, with the transformers of constraints.txt.
+With another transformers an architecture must still end as the table says, working or refused; the
+words of its row are that release's own.
 """
 
 import re
@@ -36,6 +38,12 @@ CORE = [
 ]
 
 
+def table_is_of_this_transformers() -> bool:
+    found = re.search(r"transformers (\d[^,]*),", TABLE.read_text(encoding="utf-8"))
+    assert found is not None
+    return found[1] == version("transformers")
+
+
 def rows() -> dict[str, str]:
     """The table's rows by model type."""
     text = TABLE.read_text(encoding="utf-8")
@@ -45,15 +53,18 @@ def rows() -> dict[str, str]:
 @pytest.mark.parametrize("model_type", CORE)
 @pytest.mark.filterwarnings("ignore")  # of transformers, about its own models
 def test_architecture(model_type: str, tmp_path: Path) -> None:
-    assert exercise(model_type, tmp_path).row == rows()[model_type]
+    outcome = exercise(model_type, tmp_path)
+    row = rows()[model_type]
+    if table_is_of_this_transformers():
+        assert outcome.row == row
+    else:
+        works = row.startswith(f"| `{model_type}` | `")  # the name of a tensor, not a sentence
+        assert (outcome.status in ("works", "on request")) == works
 
 
 def test_the_table_is_of_every_architecture_of_its_transformers() -> None:
-    text = TABLE.read_text(encoding="utf-8")
-    found = re.search(r"transformers (\d[^,]*),", text)
-    assert found is not None
-    assert "| fails | 0 |" in text
-    if found[1] == version("transformers"):
+    assert "| fails | 0 |" in TABLE.read_text(encoding="utf-8")
+    if table_is_of_this_transformers():
         assert set(rows()) == set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
@@ -72,3 +83,17 @@ def test_an_architecture_that_hangs_or_crashes_ends_only_itself(
     monkeypatch.setattr(modeling_auto, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", names)
     statuses = [outcome.status for outcome in run_all(seconds=0.05)]
     assert statuses == ["failed", "failed"]
+
+
+def test_the_readme_counts_as_the_table_does() -> None:
+    table = TABLE.read_text(encoding="utf-8")
+    readme = (TABLE.parents[1] / "README.md").read_text(encoding="utf-8")
+    said = re.search(
+        r"of the (\d+) model types that transformers (\S+) maps to a causal"
+        r"\s+language model, (\d+) work",
+        readme,
+    )
+    assert said is not None
+    assert f"transformers maps {said[1]} model types" in table
+    assert f" transformers {said[2]}." in table
+    assert f"| works | {said[3]} |" in table
