@@ -1,11 +1,52 @@
 """Importing stays light: heavy and optional libraries load where they are used."""
 
+import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
 HEAVY = ("mteb", "datasets", "matplotlib", "faiss", "pandas", "onnxruntime")
+
+
+PACKAGE = Path(__file__).parents[1] / "st_embfilter"
+
+
+def imports_within(package: Path) -> dict[str, set[str]]:
+    """The modules of a package, and which of the others each imports, anywhere in its text."""
+    name = package.name
+    modules = {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+        for path in package.rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {}
+    for module in modules:
+        path = package.parent / module.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= (names & modules) or {node.module}
+        graph[module] = {other for other in found & modules if other not in (module, name)}
+    return graph
+
+
+def test_imports_point_down() -> None:
+    graph = imports_within(PACKAGE)
+    TopologicalSorter(graph).prepare()  # raises CycleError
+    for module, imported in graph.items():
+        if not module.startswith("st_embfilter.cli"):
+            assert not {other for other in imported if other.startswith("st_embfilter.cli")}, module
+    assert len(graph["st_embfilter.build"]) > 5  # the graph is not empty
+    for pure in ("spectrum", "calibration"):
+        assert graph[f"st_embfilter.{pure}"] == {"st_embfilter.errors"}
+    for copied in ("echo_pooling", "meta_eol"):  # into model folders
+        assert graph[f"st_embfilter.{copied}"] == set()
 
 
 def loaded_after(code: str) -> set[str]:
