@@ -97,8 +97,8 @@ STACKS = (
     plain("3.1.1", "4.45.2"),
     plain("4.1.0", "4.51.3"),
     plain("5.3.0", "4.57.6"),
-    plain("5.7.0", "5.23.0"),
-    plain("6.2.0", "5.23.0"),
+    plain("5.7.0", "5.24.0"),
+    plain("6.2.0", "5.24.0"),
     through("LangChain", "langchain-huggingface", "`HuggingFaceEmbeddings`"),
     through("LlamaIndex", "llama-index-embeddings-huggingface", "`HuggingFaceEmbedding`"),
     through("Haystack", "haystack-ai", "`SentenceTransformersDocumentEmbedder`, `...TextEmbedder`"),
@@ -240,8 +240,10 @@ def prepare(
         return python
     shutil.rmtree(environment, ignore_errors=True)
     venv.create(environment, with_pip=True)
-    # The constraints keep pip from a build of torch with CUDA, gigabytes that no check needs.
-    constraints = ROOT / "constraints.txt"
+    # Our torch alone: not one with CUDA, gigabytes that no check needs, and no other pin of ours.
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    constraints = environment / "constraints.txt"
+    constraints.write_text("\n".join(pin for pin in pins if pin.startswith("torch==")))
     call([python, "-m", "pip", "install", "-q", "-c", constraints, *requirements])
     if without:
         call([python, "-m", "pip", "uninstall", "-q", "-y", *without])
