@@ -89,7 +89,7 @@ def run(method: str, folder: Path) -> dict[str, float]:
     if method.startswith("ours"):
         from transformers import LlamaForCausalLM  # noqa: F401 - an import, not work
 
-        from st_embfilter.build import build_filter
+        from st_embfilter.model.build import build_filter
     else:
         import scipy.linalg
         from sklearn.decomposition import TruncatedSVD

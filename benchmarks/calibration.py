@@ -22,14 +22,14 @@ from typing import Any
 import torch
 
 from benchmarks.results import DEMO_LM, DOCS, REPOSITORY, read_tasks
-from st_embfilter.baselines import Transform
-from st_embfilter.bootstrap import Outcome, paired_interval
-from st_embfilter.calibration import affine_map, moments
-from st_embfilter.evaluation import Filtered, RawModel, raw_model
-from st_embfilter.sampling import sample_texts
-from st_embfilter.spectrum import Band
-from st_embfilter.tasks import Task
-from st_embfilter.vectors import VectorStore
+from st_embfilter.evaluation.baselines import Transform
+from st_embfilter.evaluation.bootstrap import Outcome, paired_interval
+from st_embfilter.evaluation.sweep import Filtered, RawModel, raw_model
+from st_embfilter.evaluation.tasks import Task
+from st_embfilter.evaluation.vectors import VectorStore
+from st_embfilter.model.sampling import sample_texts
+from st_embfilter.spectrum.band import Band
+from st_embfilter.spectrum.whitening import affine_map, moments
 
 ROWS = DOCS / "calibration.jsonl"
 PAGE = DOCS / "calibration.md"

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import st_embfilter
-from st_embfilter.layer import filter_of
+from st_embfilter.model.layer import filter_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_LM = REPOSITORY / "examples" / "openstax-lm"

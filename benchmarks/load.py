@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import st_embfilter
-from st_embfilter.backbone import load_backbone
+from st_embfilter.model.backbone import load_backbone
 
 DEMO_LM = Path(__file__).resolve().parents[1] / "examples" / "openstax-lm"
 

@@ -25,22 +25,22 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from st_embfilter import prompts
-from st_embfilter.build import from_causal_lm
-from st_embfilter.evaluation import default_configurations, raw_model, sweep
-from st_embfilter.plots import save_figure
-from st_embfilter.results import Result, read_results, write_results
-from st_embfilter.score_plots import score_figure, window_figure
-from st_embfilter.search import WindowSearch, search_window
-from st_embfilter.storage import Collection, StorageRow, storage_table
-from st_embfilter.tasks import (
+from st_embfilter.evaluation.figures import score_figure, window_figure
+from st_embfilter.evaluation.indexes import Collection, StorageRow, storage_table
+from st_embfilter.evaluation.search import WindowSearch, search_window
+from st_embfilter.evaluation.sweep import default_configurations, raw_model, sweep
+from st_embfilter.evaluation.tasks import (
     ClassificationTask,
     ClusteringTask,
     RetrievalTask,
     STSTask,
     Task,
 )
-from st_embfilter.vectors import VectorStore
+from st_embfilter.evaluation.vectors import VectorStore
+from st_embfilter.lens.figures import save_figure
+from st_embfilter.model import prompts
+from st_embfilter.model.build import from_causal_lm
+from st_embfilter.saved.results import Result, read_results, write_results
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_LM = REPOSITORY / "examples" / "openstax-lm"

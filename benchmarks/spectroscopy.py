@@ -51,9 +51,9 @@ def matrix(cache: Path, rows: int, width: int) -> Path:
 
 def measure(folder: Path) -> dict[str, float]:
     """Runs the spectroscopy in this process."""
-    from st_embfilter.build import open_unembedding
-    from st_embfilter.frequencies import TokenCounts
-    from st_embfilter.spectroscopy import spectroscopy_of_counts
+    from st_embfilter.lens.counts import TokenCounts
+    from st_embfilter.lens.spectroscopy import spectroscopy_of_counts
+    from st_embfilter.model.build import open_unembedding
 
     imported = peak_mib()
     start = time.perf_counter()

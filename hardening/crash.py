@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import st_embfilter
-from st_embfilter.folders import staged
+from st_embfilter.files.staging import staged
 from tests.conftest import contents, tiny_lm
 from tests.hub_server import TOKEN, LocalHub
 

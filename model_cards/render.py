@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import st_embfilter
-from st_embfilter.card import RESULTS_FILE, CardFacts, Score, card_of_folder, render
+from st_embfilter.saved.card import RESULTS_FILE, CardFacts, Score, card_of_folder, render
 
 FOLDER = Path(__file__).parent
 DEMO_LM = FOLDER.parent / "examples" / "openstax-lm"

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from st_embfilter.text import lazy_names
+
 if TYPE_CHECKING:
-    from st_embfilter.build import (
+    from st_embfilter.errors import EmbedFilterError
+    from st_embfilter.model.build import (
         add_filter,
         build_filter,
         calibrate_filter,
@@ -15,12 +23,12 @@ if TYPE_CHECKING:
         load,
         stack_filter,
     )
-    from st_embfilter.errors import EmbedFilterError
-    from st_embfilter.layer import EmbedFilterLayer
-    from st_embfilter.prompts import Echo, MetaEOL, PromptEOL
-    from st_embfilter.publish import push_to_hub, save_pretrained
-    from st_embfilter.sampling import sample_texts
-    from st_embfilter.spectrum import Band, Spectrum
+    from st_embfilter.model.layer import EmbedFilterLayer
+    from st_embfilter.model.prompts import Echo, MetaEOL, PromptEOL
+    from st_embfilter.model.sampling import sample_texts
+    from st_embfilter.saved.folder import push_to_hub, save_pretrained
+    from st_embfilter.spectrum.band import Band
+    from st_embfilter.spectrum.gram import Spectrum
 
 __all__ = [
     "Band",
@@ -44,24 +52,35 @@ __all__ = [
 ]
 
 # Names load with their first use: the command line's --help must not wait for torch.
-_HOMES = {
-    "Band": "spectrum",
-    "Echo": "prompts",
-    "EmbedFilterError": "errors",
-    "EmbedFilterLayer": "layer",
-    "MetaEOL": "prompts",
-    "PromptEOL": "prompts",
-    "Spectrum": "spectrum",
-    "add_filter": "build",
-    "build_filter": "build",
-    "calibrate_filter": "build",
-    "filter_from_weight": "build",
-    "from_causal_lm": "build",
-    "load": "build",
-    "sample_texts": "sampling",
-    "push_to_hub": "publish",
-    "save_pretrained": "publish",
-    "stack_filter": "build",
+_load = lazy_names(
+    __name__,
+    {
+        "Band": "spectrum.band",
+        "Echo": "model.prompts",
+        "EmbedFilterError": "errors",
+        "EmbedFilterLayer": "model.layer",
+        "MetaEOL": "model.prompts",
+        "PromptEOL": "model.prompts",
+        "Spectrum": "spectrum.gram",
+        "add_filter": "model.build",
+        "build_filter": "model.build",
+        "calibrate_filter": "model.build",
+        "filter_from_weight": "model.build",
+        "from_causal_lm": "model.build",
+        "load": "model.build",
+        "sample_texts": "model.sampling",
+        "push_to_hub": "saved.folder",
+        "save_pretrained": "saved.folder",
+        "stack_filter": "model.build",
+    },
+)
+
+#: Modules that documents imported from before they moved into rooms.
+_MOVED = {
+    "frequencies": "lens.counts",
+    "report": "lens.report",
+    "results": "saved.results",
+    "tasks": "evaluation.tasks",
 }
 
 
@@ -70,12 +89,28 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("st-embfilter")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'st_embfilter' has no attribute {name!r}")
-    value = getattr(import_module(f"st_embfilter.{_HOMES[name]}"), name)
+    value = _load(name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """Imports a module by its old path, with a DeprecationWarning."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> Any:
+        name = fullname.removeprefix(f"{__name__}.")
+        return ModuleSpec(fullname, self) if name != fullname and name in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__
+        new = f"{__name__}.{_MOVED[old.removeprefix(f'{__name__}.')]}"
+        warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=2)
+        found = import_module(new)
+        module.__dict__.update({k: v for k, v in vars(found).items() if not k.startswith("__")})
+
+
+sys.meta_path.append(_MovedModules())

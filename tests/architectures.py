@@ -37,7 +37,7 @@ from transformers.models.auto import modeling_auto
 
 import st_embfilter
 from st_embfilter.errors import UnembeddingError
-from st_embfilter.unembedding import unembedding_of_folder
+from st_embfilter.unembedding.source import unembedding_of_folder
 
 TEXTS: Final = ["the cup of tea is in the light", "a glacier", "sugar rates , sugar tea ."]
 

@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, v_measure_score
 
-from st_embfilter.bootstrap import (
+from st_embfilter.errors import ShapeError
+from st_embfilter.evaluation.bootstrap import (
     Outcome,
     Statistic,
     _draws,
@@ -23,7 +24,6 @@ from st_embfilter.bootstrap import (
     spearman_statistic,
     v_measure_statistic,
 )
-from st_embfilter.errors import ShapeError
 
 N = 60
 RNG = np.random.default_rng(0)
@@ -127,7 +127,7 @@ def test_the_samples_are_those_of_the_seed_whatever_the_chunks(
 ) -> None:
     outcome = Outcome.of(((N,), mean_statistic(X)))
     whole = replicates(outcome, 100, seed=3)
-    monkeypatch.setattr("st_embfilter.bootstrap._CHUNK", 7 * N)
+    monkeypatch.setattr("st_embfilter.evaluation.bootstrap._CHUNK", 7 * N)
     chunked = replicates(outcome, 100, seed=3)
     assert whole is not None
     assert chunked is not None

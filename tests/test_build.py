@@ -10,7 +10,6 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 import st_embfilter
-from st_embfilter.backbone import TEXT_ONLY
 from st_embfilter.errors import (
     BandError,
     FormatError,
@@ -19,8 +18,9 @@ from st_embfilter.errors import (
     ShapeError,
     UnembeddingError,
 )
-from st_embfilter.layer import EmbedFilterLayer, filter_of
-from st_embfilter.spectrum import Band
+from st_embfilter.model.backbone import TEXT_ONLY
+from st_embfilter.model.layer import EmbedFilterLayer, filter_of
+from st_embfilter.spectrum.band import Band
 from tests.conftest import DEMO_LM, TEXTS, MakeLM, same
 
 

@@ -9,7 +9,10 @@ from sentence_transformers import SentenceTransformer
 from torch.testing import assert_close
 
 import st_embfilter
-from st_embfilter.calibration import (
+from st_embfilter.errors import CalibrationError, FormatError
+from st_embfilter.model.layer import assemble, filter_of
+from st_embfilter.model.sampling import sample_texts
+from st_embfilter.spectrum.whitening import (
     MAX_CONDITION,
     MIN_TEXTS,
     Moments,
@@ -18,9 +21,6 @@ from st_embfilter.calibration import (
     moments,
     texts_hash,
 )
-from st_embfilter.errors import CalibrationError, FormatError
-from st_embfilter.layer import assemble, filter_of
-from st_embfilter.sampling import sample_texts
 
 TEXTS = [
     f"{verb} the {noun}"

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 import st_embfilter
 from model_cards.render import FOLDER as CARDS
 from model_cards.render import PAPER_MODELS, cards
-from st_embfilter.calibration import Calibration
-from st_embfilter.card import (
+from st_embfilter.cli.app import app
+from st_embfilter.errors import FormatError
+from st_embfilter.saved.card import (
     CardFacts,
     Score,
     base_card,
@@ -27,9 +28,8 @@ from st_embfilter.card import (
     render,
     write_card,
 )
-from st_embfilter.cli.app import app
-from st_embfilter.errors import FormatError
-from st_embfilter.publish import portable_files
+from st_embfilter.saved.folder import portable_files
+from st_embfilter.spectrum.whitening import Calibration
 from tests.conftest import DEMO_LM, MakeLM, same
 
 GOLDEN = Path(__file__).parent / "golden"

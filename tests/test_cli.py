@@ -11,8 +11,8 @@ from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner, Result
 
 from st_embfilter.cli.app import app, parse_keep
-from st_embfilter.demo import DEMO_TEXTS, Paraphrases, run_demo
 from st_embfilter.errors import FormatError
+from st_embfilter.evaluation.demo import DEMO_TEXTS, Paraphrases, run_demo
 from tests.conftest import DEMO_LM, MakeLM
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from st_embfilter.spectrum import Band
+from st_embfilter.spectrum.band import Band
 from tests.conftest import DEMO_LM, ROOT, TINY, contents, sine
 
 # In a fresh process each time: a float64 build, a float32 one, and what they are saved as.
@@ -20,8 +20,8 @@ import sys
 import torch
 from safetensors.torch import save_file
 import st_embfilter
-from st_embfilter.build import open_unembedding
-from st_embfilter.spectrum import Band
+from st_embfilter.model.build import open_unembedding
+from st_embfilter.spectrum.band import Band
 
 demo, large, output, threads = sys.argv[1:]
 assert torch.get_num_threads() == int(threads)

@@ -14,12 +14,13 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 import st_embfilter
-from st_embfilter import vectors
-from st_embfilter.baselines import Configuration, Transform, baseline_names, grid
-from st_embfilter.bootstrap import Outcome, mean_statistic
-from st_embfilter.demo import DEMO_TEXTS, Paraphrases
 from st_embfilter.errors import BandError, DataError, EmbedFilterError
-from st_embfilter.evaluation import (
+from st_embfilter.evaluation import vectors
+from st_embfilter.evaluation.baselines import Configuration, Transform, baseline_names, grid
+from st_embfilter.evaluation.bootstrap import Outcome, mean_statistic
+from st_embfilter.evaluation.demo import DEMO_TEXTS, Paraphrases
+from st_embfilter.evaluation.search import search_window, windows
+from st_embfilter.evaluation.sweep import (
     Filtered,
     RawModel,
     default_configurations,
@@ -27,11 +28,11 @@ from st_embfilter.evaluation import (
     sweep,
     without_filter,
 )
-from st_embfilter.results import Result, read_results, results_frame, write_results
-from st_embfilter.search import search_window, windows
-from st_embfilter.spectrum import Band, Spectrum
-from st_embfilter.tasks import RetrievalTask, STSTask, TaskInfo
-from st_embfilter.vectors import Encoder, VectorStore, fingerprint
+from st_embfilter.evaluation.tasks import RetrievalTask, STSTask, TaskInfo
+from st_embfilter.evaluation.vectors import Encoder, VectorStore, fingerprint
+from st_embfilter.saved.results import Result, read_results, results_frame, write_results
+from st_embfilter.spectrum.band import Band
+from st_embfilter.spectrum.gram import Spectrum
 from tests.conftest import DEMO_LM, MakeLM
 
 DATA = Paraphrases.read(DEMO_TEXTS)

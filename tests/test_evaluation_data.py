@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from st_embfilter.data import read_labelled, read_pairs, read_texts
 from st_embfilter.errors import DataError
-from st_embfilter.tasks import ClassificationTask, ClusteringTask, RetrievalTask, STSTask
+from st_embfilter.evaluation.data import read_labelled, read_pairs, read_texts
+from st_embfilter.evaluation.tasks import ClassificationTask, ClusteringTask, RetrievalTask, STSTask
 
 
 def write(folder: Path, **files: str) -> Path:

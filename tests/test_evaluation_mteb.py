@@ -11,11 +11,17 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 import st_embfilter
-from st_embfilter.baselines import Configuration
 from st_embfilter.errors import DataError
-from st_embfilter.evaluation import Filtered, RawModel, raw_model, sweep
-from st_embfilter.tasks import ClassificationTask, ClusteringTask, RetrievalTask, STSTask, TaskInfo
-from st_embfilter.vectors import VectorStore
+from st_embfilter.evaluation.baselines import Configuration
+from st_embfilter.evaluation.sweep import Filtered, RawModel, raw_model, sweep
+from st_embfilter.evaluation.tasks import (
+    ClassificationTask,
+    ClusteringTask,
+    RetrievalTask,
+    STSTask,
+    TaskInfo,
+)
+from st_embfilter.evaluation.vectors import VectorStore
 from tests.conftest import tiny_lm
 
 with warnings.catch_warnings():
@@ -23,8 +29,8 @@ with warnings.catch_warnings():
     mteb = pytest.importorskip("mteb", reason="the extra `eval` is not installed")
     from datasets import Dataset, DatasetDict
 
-    from st_embfilter import tasks as local_tasks
-    from st_embfilter.mteb_tasks import MTEBTask, mteb_tasks
+    from st_embfilter.evaluation import tasks as local_tasks
+    from st_embfilter.evaluation.mteb import MTEBTask, mteb_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mteb, datasets and their dependencies
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner, Result
 import st_embfilter
 from st_embfilter.cli.app import app
 from st_embfilter.errors import DataError
-from st_embfilter.results import Result as Row
-from st_embfilter.results import read_results
-from st_embfilter.storage import Collection, storage_table
+from st_embfilter.evaluation.indexes import Collection, storage_table
+from st_embfilter.saved.results import Result as Row
+from st_embfilter.saved.results import read_results
 from tests.conftest import tiny_lm
 
 HAS_MTEB = pytest.importorskip("importlib.util").find_spec("mteb") is not None
@@ -39,8 +39,8 @@ def row(task: str, configuration: str, dims: int, score: float, **changes: objec
 
 def test_score_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from st_embfilter.plots import save_figure
-    from st_embfilter.score_plots import score_figure
+    from st_embfilter.evaluation.figures import score_figure
+    from st_embfilter.lens.figures import save_figure
 
     rows = [row("a", "raw", 64, 0.3), row("b", "raw", 64, 0.3)]
     rows += [row(t, n, k, 0.3 + k / 99) for t in "ab" for n in ("bulk", "whiten") for k in (32, 8)]
@@ -62,8 +62,8 @@ def test_nothing_of_a_figure_is_cut_off() -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from st_embfilter.baselines import baseline_names
-    from st_embfilter.score_plots import score_figure
+    from st_embfilter.evaluation.baselines import baseline_names
+    from st_embfilter.evaluation.figures import score_figure
 
     names = ["bulk", *baseline_names()]
     for tasks in ("a", "abc"):
@@ -80,7 +80,7 @@ def test_nothing_of_a_figure_is_cut_off() -> None:
 
 def test_window_figure() -> None:
     pytest.importorskip("matplotlib")
-    from st_embfilter.score_plots import window_figure
+    from st_embfilter.evaluation.figures import window_figure
 
     rows = [row("a", "raw", 64, 0.3)]
     rows += [row("a", f"offset:{o}", k, 0.3 + (o == 8) / 9) for o in (0, 8, 16) for k in (16, 32)]
@@ -97,7 +97,7 @@ def test_window_figure() -> None:
 
 def test_storage_table() -> None:
     faiss = pytest.importorskip("faiss")
-    from st_embfilter.storage import _Index, _unit
+    from st_embfilter.evaluation.indexes import _Index, _unit
 
     rng = np.random.default_rng(0)
     documents = rng.standard_normal((600, 64)).astype(np.float32)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from st_embfilter import folders
 from st_embfilter.errors import OutputError
-from st_embfilter.folders import staged
+from st_embfilter.files import staging as folders
+from st_embfilter.files.staging import staged
 
 
 def save(target: Path, content: str, *, overwrite: bool = True) -> None:
@@ -29,7 +29,7 @@ def state(target: Path) -> set[str]:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from st_embfilter import folders
+from st_embfilter.files import staging as folders
 if sys.argv[2] == "written":
     with folders.staged(sys.argv[1], overwrite=True) as folder:
         (folder / "modules.json").write_text("half")

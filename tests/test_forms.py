@@ -20,10 +20,10 @@ from transformers import (
 )
 
 import st_embfilter
-from st_embfilter.backbone import load_backbone
-from st_embfilter.build import open_unembedding
 from st_embfilter.errors import BackboneError, FormatError, UnembeddingError
-from st_embfilter.unembedding import Unembedding, unembedding_of_folder, unembedding_of_model
+from st_embfilter.model.backbone import load_backbone
+from st_embfilter.model.build import open_unembedding
+from st_embfilter.unembedding.source import Unembedding, unembedding_of_folder, unembedding_of_model
 from tests.architectures import save_tiny, tiny_config, tiny_model
 from tests.conftest import MakeLM, same, sine, word_tokenizer
 

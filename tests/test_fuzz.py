@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from st_embfilter.checkpoint import FolderFiles, open_checkpoint, parse_header, parse_index
 from st_embfilter.errors import FormatError, PlacementError, UnembeddingError
-from st_embfilter.metadata import FilterMetadata
-from st_embfilter.modules_file import filter_module, parse_modules
+from st_embfilter.files.tensors import FolderFiles, open_checkpoint, parse_header, parse_index
+from st_embfilter.model.metadata import FilterMetadata
+from st_embfilter.model.modules_file import filter_module, parse_modules
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

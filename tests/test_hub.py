@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from st_embfilter import build_filter, from_causal_lm, unembedding
-from st_embfilter import hub as hub_module
-from st_embfilter.build import open_unembedding
+from st_embfilter import build_filter, from_causal_lm
 from st_embfilter.errors import HubError, UnembeddingError
-from st_embfilter.layer import EmbedFilterLayer
+from st_embfilter.files import hub as hub_module
+from st_embfilter.model.build import open_unembedding
+from st_embfilter.model.layer import EmbedFilterLayer
+from st_embfilter.unembedding import source as unembedding
 from tests.conftest import DEMO_LM, MakeLM
 from tests.hub_server import TOKEN, LocalHub
 
@@ -123,7 +124,7 @@ def test_a_remote_matrix_is_read_once_whatever_its_spectrum(
 ) -> None:
     hub.add("org/lm", DEMO_LM)
     monkeypatch.setattr(unembedding, "_BLOCK_BYTES", 2**20)
-    monkeypatch.setattr("st_embfilter.spectrum.FLOAT32_TOLERANCE", 0.0)
+    monkeypatch.setattr("st_embfilter.spectrum.gram.FLOAT32_TOLERANCE", 0.0)
     stored = open_unembedding("org/lm").stored
     hub.requests.clear()
     read()

@@ -36,17 +36,66 @@ def imports_within(package: Path) -> dict[str, set[str]]:
     return graph
 
 
-def test_imports_point_down() -> None:
+#: Rooms from the ground up: a module imports from its own room and those before it.
+ROOMS = (
+    "errors",
+    "text",
+    "spectrum",
+    "files",
+    "unembedding",
+    "model",
+    "saved",
+    "lens",
+    "evaluation",
+    "cli",
+)
+
+
+def room(module: str) -> int:
+    return ROOMS.index(module.split(".")[1])
+
+
+def test_every_module_is_in_a_room_and_imports_point_down() -> None:
     graph = imports_within(PACKAGE)
     TopologicalSorter(graph).prepare()  # raises CycleError
-    for module, imported in graph.items():
-        if not module.startswith("st_embfilter.cli"):
-            assert not {other for other in imported if other.startswith("st_embfilter.cli")}, module
-    assert len(graph["st_embfilter.build"]) > 5  # the graph is not empty
-    for pure in ("spectrum", "calibration"):
-        assert graph[f"st_embfilter.{pure}"] == {"st_embfilter.errors"}
+    del graph["st_embfilter"]
+    upwards = [
+        f"{module} imports {other}"
+        for module, imported in graph.items()
+        for other in imported
+        if room(other) > room(module)
+    ]
+    assert not upwards
+    assert len(graph["st_embfilter.model.build"]) > 5  # the graph is not empty
     for copied in ("echo_pooling", "meta_eol"):  # into model folders
-        assert graph[f"st_embfilter.{copied}"] == set()
+        assert graph[f"st_embfilter.model.{copied}"] == set()
+
+
+def test_the_order_of_the_rooms_can_fail() -> None:
+    assert room("st_embfilter.model.build") > room("st_embfilter.spectrum.gram")
+    with pytest.raises(ValueError, match="not in tuple"):
+        room("st_embfilter.loose")
+
+
+@pytest.mark.parametrize(
+    ("old", "name"),
+    [
+        ("frequencies", "count_tokens"),
+        ("report", "open_model"),
+        ("results", "write_results"),
+        ("tasks", "STSTask"),
+    ],
+)
+def test_old_paths_of_documented_modules_still_work(old: str, name: str) -> None:
+    code = f"""
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from st_embfilter.{old} import {name}
+print([str(w.message) for w in caught if "st_embfilter" in str(w.message)], {name}.__module__)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"st_embfilter.{old} is now st_embfilter." in run.stdout
 
 
 def loaded_after(code: str) -> set[str]:
@@ -62,7 +111,7 @@ def loaded_after(code: str) -> set[str]:
 def test_using_the_package_loads_nothing_heavy() -> None:
     names = "import st_embfilter\nfor n in st_embfilter.__all__: getattr(st_embfilter, n)"
     loaded = loaded_after(names)
-    assert "st_embfilter.publish" in loaded
+    assert "st_embfilter.saved.folder" in loaded
     # sentence-transformers itself loads some of them where they are installed
     assert not (loaded - loaded_after("import sentence_transformers")) & set(HEAVY)
 

@@ -14,9 +14,10 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 
 import st_embfilter
 from st_embfilter.errors import FormatError, PlacementError, ShapeError
-from st_embfilter.layer import EmbedFilterLayer, check_placement
-from st_embfilter.metadata import METADATA_FILE, FilterMetadata
-from st_embfilter.spectrum import Band, spectrum_of_weight
+from st_embfilter.model.layer import EmbedFilterLayer, check_placement
+from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
+from st_embfilter.spectrum.band import Band
+from st_embfilter.spectrum.gram import spectrum_of_weight
 from tests.conftest import TEXTS, MakeLM, planted, same
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from st_embfilter.anisotropy import anisotropy
 from st_embfilter.errors import ShapeError
+from st_embfilter.lens.anisotropy import anisotropy
 
 
 def sample(n: int, d: int) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from st_embfilter.errors import CorpusError, FormatError, ProvenanceError, ShapeError
-from st_embfilter.frequencies import Sampler, TokenCounts, count_tokens, read_texts
+from st_embfilter.lens.counts import Sampler, TokenCounts, count_tokens, read_texts
 from tests.conftest import word_tokenizer
 
 

@@ -16,14 +16,12 @@ from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner, Result
 
 import st_embfilter
-from st_embfilter import plots
-from st_embfilter.card import card_of_folder, check_card
 from st_embfilter.cli.app import app
-from st_embfilter.demo import DEMO_TEXTS, Paraphrases
 from st_embfilter.errors import BandError, EmbedFilterError, LensError, OutputError, ProvenanceError
-from st_embfilter.frequencies import TokenCounts, count_tokens
-from st_embfilter.layer import filter_of
-from st_embfilter.report import (
+from st_embfilter.evaluation.demo import DEMO_TEXTS, Paraphrases
+from st_embfilter.lens import figures as plots
+from st_embfilter.lens.counts import TokenCounts, count_tokens
+from st_embfilter.lens.report import (
     LensReport,
     TextLens,
     Token,
@@ -34,8 +32,10 @@ from st_embfilter.report import (
     render_html,
     study,
 )
-from st_embfilter.spectrum import Band
-from st_embfilter.unembedding import Unembedding, unembedding_of_tensor
+from st_embfilter.model.layer import filter_of
+from st_embfilter.saved.card import card_of_folder, check_card
+from st_embfilter.spectrum.band import Band
+from st_embfilter.unembedding.source import Unembedding, unembedding_of_tensor
 from tests.conftest import DEMO_LM, MakeLM
 
 HOSTILE = 'x <script>alert(1)</script> & "q" | `tick` $5 [b]'

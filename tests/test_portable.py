@@ -14,8 +14,8 @@ from sentence_transformers import SentenceTransformer
 
 import st_embfilter
 from compat import rules, run
-from st_embfilter.card import check_card
-from st_embfilter.publish import portable_files
+from st_embfilter.saved.card import check_card
+from st_embfilter.saved.folder import portable_files
 from tests.conftest import DEMO_LM
 
 GOLDEN = Path(__file__).parent / "golden" / "portable"

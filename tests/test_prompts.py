@@ -23,10 +23,10 @@ import st_embfilter
 from st_embfilter import Echo, MetaEOL, PromptEOL
 from st_embfilter.cli.app import app
 from st_embfilter.errors import DataError, FormatError, PromptError
-from st_embfilter.evaluation import raw_model
-from st_embfilter.layer import filter_of
-from st_embfilter.metadata import FilterMetadata
-from st_embfilter.prompts import parse_prompt, recipe_from_dict
+from st_embfilter.evaluation.sweep import raw_model
+from st_embfilter.model.layer import filter_of
+from st_embfilter.model.metadata import FilterMetadata
+from st_embfilter.model.prompts import parse_prompt, recipe_from_dict
 from tests import prompt_tokenizers
 from tests.conftest import DEMO_LM, ROOT, TEXTS
 from tests.prompt_tokenizers import EOS, STYLES

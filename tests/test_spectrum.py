@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from st_embfilter.errors import BandError, PrecisionError, UnembeddingError
-from st_embfilter.spectrum import (
-    FAMILIES,
+from st_embfilter.spectrum.band import FAMILIES, Band
+from st_embfilter.spectrum.gram import (
     FLOAT32_TOLERANCE,
-    Band,
     GramAccumulator,
     spectrum_of,
     spectrum_of_weight,

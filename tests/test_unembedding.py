@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from st_embfilter.build import build_filter, open_unembedding
 from st_embfilter.errors import UnembeddingError
-from st_embfilter.unembedding import (
+from st_embfilter.model.build import build_filter, open_unembedding
+from st_embfilter.unembedding.source import (
     Unembedding,
     model_identity,
     unembedding_of_folder,

@@ -25,7 +25,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 
 import st_embfilter
-from st_embfilter.layer import FEATURE, filter_of
+from st_embfilter.model.layer import FEATURE, filter_of
 from tests import conftest
 from tests.conftest import ROOT, same, tiny_lm
 

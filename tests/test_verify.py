@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import st_embfilter
 from st_embfilter.cli import app
-from st_embfilter.verify import verify
+from st_embfilter.saved.verify import verify
 from tests.conftest import TEXTS, tiny_lm
 
 PROJECTION = "2_Dense/model.safetensors"

@@ -18,7 +18,7 @@ from st_embfilter.errors import EmbedFilterError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from st_embfilter.layer import EmbedFilterLayer
+    from st_embfilter.model.layer import EmbedFilterLayer
 
 out = Console()
 err = Console(stderr=True)

@@ -31,13 +31,13 @@ def bench(
     if (retrieval is None) == (texts is None):
         raise typer.BadParameter("give --retrieval FOLDER or --texts FILE")
     quiet_libraries(model, quiet)
-    from st_embfilter.storage import Collection, storage_table
+    from st_embfilter.evaluation.indexes import Collection, storage_table
 
     collection = (
         Collection.of_texts(texts) if texts is not None else Collection.of_beir(str(retrieval))
     )
-    from st_embfilter.build import from_causal_lm, load
-    from st_embfilter.metadata import METADATA_FILE
+    from st_embfilter.model.build import from_causal_lm, load
+    from st_embfilter.model.metadata import METADATA_FILE
 
     if (Path(model) / METADATA_FILE).is_file():
         loaded = load(model, device=device)

@@ -77,10 +77,10 @@ def build(
     """
     width = parse_keep(keep)
     quiet_libraries(model, quiet)
-    from st_embfilter.build import build_filter, from_causal_lm
-    from st_embfilter.folders import check_target
-    from st_embfilter.layer import filter_of
-    from st_embfilter.publish import save_pretrained
+    from st_embfilter.files.staging import check_target
+    from st_embfilter.model.build import build_filter, from_causal_lm
+    from st_embfilter.model.layer import filter_of
+    from st_embfilter.saved.folder import save_pretrained
 
     of_models = {
         "--prompt": prompt,

@@ -22,6 +22,6 @@ def card(
     Results are read from results.jsonl in the folder; licence and languages stay.
     """
     quiet_libraries(model, quiet=False)
-    from st_embfilter.card import write_card
+    from st_embfilter.saved.card import write_card
 
     out.print(f"Wrote {write_card(model, repo_id=repo_id)}", highlight=False)

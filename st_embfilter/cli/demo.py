@@ -27,8 +27,8 @@ def demo(
 ) -> None:
     """Filter a small real language model and show what changes."""
     quiet_libraries(model or ".", quiet)
-    from st_embfilter.demo import DEMO_LM, DEMO_TEXTS, run_demo
-    from st_embfilter.folders import check_target
+    from st_embfilter.evaluation.demo import DEMO_LM, DEMO_TEXTS, run_demo
+    from st_embfilter.files.staging import check_target
 
     if output is not None:
         check_target(output, overwrite=False)

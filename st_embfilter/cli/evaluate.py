@@ -17,11 +17,11 @@ from rich.table import Table
 from st_embfilter.cli.app import Quiet, app, escape, out, parse_keep, quiet_libraries
 
 if TYPE_CHECKING:
-    from st_embfilter.baselines import Configuration
-    from st_embfilter.evaluation import RawModel
-    from st_embfilter.results import Result
-    from st_embfilter.search import WindowSearch
-    from st_embfilter.tasks import Splittable, Task
+    from st_embfilter.evaluation.baselines import Configuration
+    from st_embfilter.evaluation.search import WindowSearch
+    from st_embfilter.evaluation.sweep import RawModel
+    from st_embfilter.evaluation.tasks import Splittable, Task
+    from st_embfilter.saved.results import Result
 
 _DATA = "Data"
 _WHAT = "What is measured"
@@ -140,11 +140,16 @@ def evaluate(
     keeps = [parse_keep(text) for text in keep or ()]
     quiet_libraries(model, quiet)
     logging.getLogger("mteb").setLevel(logging.ERROR)
-    from st_embfilter.data import read_texts
-    from st_embfilter.evaluation import raw_model, sweep
-    from st_embfilter.metadata import METADATA_FILE
-    from st_embfilter.results import RESULTS_FILE, write_results
-    from st_embfilter.tasks import ClassificationTask, ClusteringTask, RetrievalTask, STSTask
+    from st_embfilter.evaluation.data import read_texts
+    from st_embfilter.evaluation.sweep import raw_model, sweep
+    from st_embfilter.evaluation.tasks import (
+        ClassificationTask,
+        ClusteringTask,
+        RetrievalTask,
+        STSTask,
+    )
+    from st_embfilter.model.metadata import METADATA_FILE
+    from st_embfilter.saved.results import RESULTS_FILE, write_results
 
     # Every file is read before the model: a typing error must not cost minutes.
     local: list[Splittable] = [STSTask.read(file) for file in sts or ()]
@@ -203,8 +208,8 @@ def evaluate(
             write_results(rows, output)
         show(rows)
         if figure is not None:
-            from st_embfilter.plots import save_figure
-            from st_embfilter.score_plots import score_figure
+            from st_embfilter.evaluation.figures import score_figure
+            from st_embfilter.lens.figures import save_figure
 
             save_figure(score_figure(rows), figure)
     for file in filter(None, (output, figure)):
@@ -250,7 +255,7 @@ def _configurations(
     raw: RawModel, band: list[str] | None, keeps: list[float | int], baselines: bool
 ) -> list[Configuration]:
     """What was asked for; by default what a saved model is, or the filter at the paper's ratios."""
-    from st_embfilter.baselines import RATIOS, baseline_names, grid
+    from st_embfilter.evaluation.baselines import RATIOS, baseline_names, grid
 
     filters, widths = band or ["bulk"], keeps or list(RATIOS)
     if raw.layer is not None:
@@ -266,7 +271,7 @@ def _mteb_tasks(raw: RawModel, names: Sequence[str]) -> Sequence[Task]:
     if not names:
         return []
     try:
-        from st_embfilter.mteb_tasks import mteb_tasks
+        from st_embfilter.evaluation.mteb import mteb_tasks
     except ModuleNotFoundError as error:
         raise typer.BadParameter(
             "MTEB tasks need the extra: pip install 'st-embfilter[eval]'"
@@ -285,7 +290,7 @@ def _search(
     figure: Path | None,
     quiet: bool,
 ) -> list[Result]:
-    from st_embfilter.search import search_window
+    from st_embfilter.evaluation.search import search_window
 
     if not chooses:
         if len(local) < len(tasks):
@@ -303,8 +308,8 @@ def _search(
         highlight=False,
     )
     if figure is not None:
-        from st_embfilter.plots import save_figure
-        from st_embfilter.score_plots import window_figure
+        from st_embfilter.evaluation.figures import window_figure
+        from st_embfilter.lens.figures import save_figure
 
         save_figure(window_figure(found.scan), figure)
     return [*found.scan, *found.held_out]

@@ -10,7 +10,7 @@ from rich.table import Table
 from st_embfilter.cli.app import app, describe, escape, out, quiet_libraries
 
 if TYPE_CHECKING:
-    from st_embfilter.layer import EmbedFilterLayer
+    from st_embfilter.model.layer import EmbedFilterLayer
 
 
 @app.command()
@@ -19,8 +19,8 @@ def inspect(
 ) -> None:
     """Show backbone, window, spectrum and hashes of a filtered model."""
     quiet_libraries(model, quiet=False)
-    from st_embfilter.build import load_filter
-    from st_embfilter.prompts import describe_recipe, recipe_from_dict
+    from st_embfilter.model.build import load_filter
+    from st_embfilter.model.prompts import describe_recipe, recipe_from_dict
 
     layer = load_filter(model)
     prompt = layer.metadata.prompt

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from st_embfilter.frequencies import TokenCounts
-    from st_embfilter.report import LensReport, Study, Token
+    from st_embfilter.lens.counts import TokenCounts
+    from st_embfilter.lens.report import LensReport, Study, Token
 
 
 @app.command()
@@ -81,9 +81,9 @@ def lens(
     quiet_libraries(model, quiet)
     from dataclasses import replace
 
-    from st_embfilter.demo import SHOWN_TEXTS
-    from st_embfilter.frequencies import Sampler
-    from st_embfilter.report import load_tokenizer, look, open_model, study
+    from st_embfilter.evaluation.demo import SHOWN_TEXTS
+    from st_embfilter.lens.counts import Sampler
+    from st_embfilter.lens.report import load_tokenizer, look, open_model, study
 
     files = (corpus, counts, report, figures, section)
     measure = not texts or band == "optimal" or any(file is not None for file in files)
@@ -132,8 +132,8 @@ def lens(
 
 
 def _corpus(corpus: str | None, column: str | None, split: str) -> Iterable[str]:
-    from st_embfilter.demo import Paraphrases, demo_texts
-    from st_embfilter.frequencies import read_texts
+    from st_embfilter.evaluation.demo import Paraphrases, demo_texts
+    from st_embfilter.lens.counts import read_texts
 
     if corpus is None:
         return Paraphrases.read(demo_texts()).texts
@@ -143,7 +143,7 @@ def _corpus(corpus: str | None, column: str | None, split: str) -> Iterable[str]
 def _counts(
     file: Path | None, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, show: bool
 ) -> TokenCounts:
-    from st_embfilter.frequencies import TokenCounts, count_tokens
+    from st_embfilter.lens.counts import TokenCounts, count_tokens
 
     if file is not None and file.exists():
         for _ in texts:  # the sample is still to be drawn
@@ -159,7 +159,7 @@ def _write(
     found: LensReport, report: Path | None, figures: Path | None, section: Path | None
 ) -> None:
     from st_embfilter.errors import OutputError
-    from st_embfilter.report import card_section, draw, render_html
+    from st_embfilter.lens.report import card_section, draw, render_html
 
     try:
         if report is not None:

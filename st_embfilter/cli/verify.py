@@ -26,7 +26,7 @@ def verify(
     Exits with 1 if a check fails.
     """
     quiet_libraries(model, quiet)
-    from st_embfilter.verify import verify as run_checks
+    from st_embfilter.saved.verify import verify as run_checks
 
     checks = run_checks(
         model,

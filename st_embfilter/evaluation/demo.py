@@ -1,0 +1,225 @@
+"""The demo: what the filter does to a small real language model, on texts that come along."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+
+from st_embfilter.errors import FormatError
+from st_embfilter.evaluation.metrics import (
+    Floats,
+    ndcg_at_k,
+    pair_average_precision,
+    unit_rows,
+    v_measure,
+)
+from st_embfilter.lens.tokens import logit_lens
+from st_embfilter.model.backbone import load_backbone
+from st_embfilter.model.build import from_causal_lm, load_filter, open_unembedding
+from st_embfilter.saved.folder import save_pretrained
+
+#: A checkout's own examples; an installed wheel does not carry them.
+EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
+DEMO_LM: Final = EXAMPLES / "openstax-lm"
+DEMO_TEXTS: Final = EXAMPLES / "data" / "paraphrases.jsonl"
+#: Where an installed wheel carries the texts.
+_INSTALLED_TEXTS: Final = Path(__file__).resolve().parents[1] / "data" / "paraphrases.jsonl"
+
+RATIOS: Final = (2, 4, 8)
+
+SHOWN_TEXTS: Final = (
+    "Photosynthesis turns sunlight into sugar.",
+    "The central bank raised interest rates to slow inflation.",
+    "The goalkeeper saved a penalty in the last minute.",
+)
+
+
+def demo_texts() -> Path:
+    """The file of the project's own texts, in a checkout or an installed wheel."""
+    return DEMO_TEXTS if DEMO_TEXTS.is_file() else _INSTALLED_TEXTS
+
+
+@dataclass(frozen=True)
+class Paraphrases:
+    """Groups of texts that mean the same, with near misses.
+
+    Attributes:
+        texts: All texts: of each group its paraphrases, then its distractors.
+        groups: (n,) group of each text.
+        topics: (n,) topic of each text.
+        is_paraphrase: (n,) False for distractors.
+    """
+
+    texts: list[str]
+    groups: NDArray[np.int64]
+    topics: NDArray[np.int64]
+    is_paraphrase: NDArray[np.bool_]
+
+    @classmethod
+    def read(cls, file: str | os.PathLike[str]) -> Paraphrases:
+        """Reads JSON Lines with the keys topic, paraphrases and distractors.
+
+        Raises:
+            FormatError: Names the file and the line.
+        """
+        texts: list[str] = []
+        groups: list[int] = []
+        names: list[str] = []
+        kinds: list[bool] = []
+        for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+            record = _record(file, number, line)
+            for key in ("paraphrases", "distractors"):
+                for text in record[key]:
+                    texts.append(text)
+                    groups.append(number)
+                    names.append(record["topic"])
+                    kinds.append(key == "paraphrases")
+        if not texts:
+            raise FormatError(f"{file} must hold at least one group of texts, got an empty file")
+        topics = np.unique(names, return_inverse=True)[1].astype(np.int64)
+        return cls(texts, np.array(groups), topics, np.array(kinds))
+
+    def scores(self, embeddings: Floats) -> dict[str, float]:
+        """Retrieval (nDCG@10), pairs (average precision) and clustering (v-measure), x 100.
+
+        Args:
+            embeddings: (n, d), one row for each of `texts`.
+        """
+        unit = unit_rows(embeddings)
+        cosine = unit @ unit.T
+        same = self.groups[:, None] == self.groups[None, :]
+        both = self.is_paraphrase[:, None] & self.is_paraphrase[None, :]
+        relevant = same & both & ~np.eye(len(self.texts), dtype=bool)
+        others = np.where(np.eye(len(self.texts), dtype=bool), -np.inf, cosine)
+        queries = self.is_paraphrase
+        pairs = [
+            (i, j)
+            for group in np.unique(self.groups)
+            for i, j in combinations(np.flatnonzero(self.groups == group), 2)
+            if self.is_paraphrase[i]
+        ]
+        left, right = np.array(pairs).T
+        return {
+            "retrieval": 100 * float(ndcg_at_k(others[queries], relevant[queries]).mean()),
+            "pairs": 100 * pair_average_precision(cosine[left, right], self.is_paraphrase[right]),
+            "clustering": 100 * v_measure(unit[queries], self.topics[queries]),
+        }
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """Scores of one configuration, each x 100."""
+
+    name: str
+    dims: int
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class DemoText:
+    """Nearest tokens of one text's embedding before and after the filter."""
+
+    text: str
+    before: list[str]
+    after: list[str]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything the demo shows."""
+
+    rows: list[DemoRow]
+    texts: list[DemoText]
+
+
+def run_demo(
+    folder: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] = DEMO_LM,
+    data: str | os.PathLike[str] = DEMO_TEXTS,
+    show_progress_bar: bool = True,
+) -> DemoResult:
+    """Builds a filtered model, saves it, loads it with plain ST, and measures it.
+
+    Args:
+        folder: Where the portable folder is written.
+        model: Folder or Hub id of a causal language model.
+        data: A file for `Paraphrases.read`.
+        show_progress_bar: Show bars.
+
+    Raises:
+        FormatError: If the texts are missing or malformed.
+    """
+    if not Path(data).is_file():
+        raise FormatError(
+            f"the demo needs its texts, got no file {data}; run it in a checkout of the repository "
+            "or pass --data"
+        )
+    texts = Paraphrases.read(data)
+    quiet = not show_progress_bar
+    save_pretrained(
+        from_causal_lm(model, keep=1 / RATIOS[0], device="cpu", show_progress_bar=not quiet), folder
+    )
+    raw = _plain(model)
+    rows = [_row("raw", raw, texts)]
+    for ratio in RATIOS:
+        dims = rows[0].dims // ratio
+        loaded = SentenceTransformer(os.fspath(folder), truncate_dim=dims, device="cpu")
+        rows.append(_row(f"keep 1/{ratio}", loaded, texts))
+    return DemoResult(rows, _nearest_tokens(raw, folder, model))
+
+
+def _plain(model: str | os.PathLike[str]) -> SentenceTransformer:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    backbone = load_backbone(os.fspath(model))
+    pooling = Pooling(backbone.get_embedding_dimension(), "mean")
+    return SentenceTransformer(modules=[backbone, pooling], device="cpu")
+
+
+def _row(name: str, model: SentenceTransformer, texts: Paraphrases) -> DemoRow:
+    embeddings = model.encode(texts.texts, show_progress_bar=False)
+    return DemoRow(name, embeddings.shape[1], texts.scores(embeddings))
+
+
+def _nearest_tokens(
+    raw: SentenceTransformer, folder: str | os.PathLike[str], model: str | os.PathLike[str]
+) -> list[DemoText]:
+    hidden = torch.from_numpy(raw.encode(list(SHOWN_TEXTS), show_progress_bar=False))
+    projection = load_filter(folder).projection
+    unembedding = open_unembedding(model)
+    before = logit_lens(hidden, unembedding, top_k=5).tokens(raw.tokenizer)
+    after = logit_lens(hidden @ projection.T, unembedding, projection, top_k=5).tokens(
+        raw.tokenizer
+    )
+    return [DemoText(*shown) for shown in zip(SHOWN_TEXTS, before, after, strict=True)]
+
+
+def _record(file: str | os.PathLike[str], number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise FormatError(f"{file}, line {number}: must be a JSON object, got {error}") from error
+    keys = {"topic": str, "paraphrases": list, "distractors": list}
+    if not isinstance(record, dict) or any(
+        not isinstance(record.get(key), kind) for key, kind in keys.items()
+    ):
+        raise FormatError(
+            f"{file}, line {number}: must be an object with topic (text), paraphrases and "
+            f"distractors (lists), got {line[:60]!r}"
+        )
+    if len(record["paraphrases"]) < 2 or not record["distractors"]:
+        raise FormatError(
+            f"{file}, line {number}: a group needs two paraphrases and one distractor at least, "
+            f"got {len(record['paraphrases'])} and {len(record['distractors'])}"
+        )
+    return record

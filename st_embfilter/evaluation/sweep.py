@@ -1,0 +1,286 @@
+"""Sweeps: every filter and baseline on every task, from one encoding of the texts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from tqdm.auto import tqdm
+
+from st_embfilter.errors import DataError
+from st_embfilter.evaluation.baselines import FITTED, Configuration, Transform, baseline_names, grid
+from st_embfilter.evaluation.bootstrap import Floats, Outcome, interval, replicates
+from st_embfilter.evaluation.tasks import Releasable, Task
+from st_embfilter.evaluation.vectors import Vectors, VectorStore
+from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH
+from st_embfilter.model.build import from_causal_lm, load, open_unembedding
+from st_embfilter.model.layer import EmbedFilterLayer, filter_of
+from st_embfilter.model.metadata import METADATA_FILE
+from st_embfilter.saved.results import Result
+from st_embfilter.spectrum.gram import Spectrum
+
+logger = logging.getLogger(__name__)
+
+#: Largest number of texts that data-driven baselines are fitted on.
+FIT_TEXTS: Final = 10_000
+
+
+@dataclass(frozen=True)
+class RawModel:
+    """A model without its filter, and the spectrum that filters are made of.
+
+    Attributes:
+        model: Transformer and Pooling.
+        spectrum: Of its unembedding matrix.
+        name: Folder name or Hub id.
+        prompt: Prompt recipe, None for plain text.
+        normalize: Whether its embeddings are to have unit length.
+        layer: The filter that was taken off, of a filtered model's folder.
+    """
+
+    model: SentenceTransformer
+    spectrum: Spectrum
+    name: str | None = None
+    prompt: str | None = None
+    normalize: bool = False
+    layer: EmbedFilterLayer | None = None
+
+    @property
+    def pooling(self) -> str | None:
+        """Pooling mode, None for a model without a plain `Pooling`."""
+        modules = (module for module in self.model.children() if isinstance(module, Pooling))
+        pooling = next(modules, None)
+        if pooling is None:
+            return None
+        mode = pooling.pooling_mode
+        return mode if isinstance(mode, str) else "+".join(mode)
+
+
+def raw_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    prompt: str | None = None,
+    pooling: str | None = None,
+    normalize: bool = False,
+    max_seq_length: int | None = DEFAULT_MAX_SEQ_LENGTH,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    show_progress_bar: bool = True,
+) -> RawModel:
+    """The unfiltered form of a causal language model, or of a filtered model's folder.
+
+    Args:
+        name_or_path: Folder or Hub id of a causal language model, or the folder of a filtered
+            model, which brings its own recipe, pooling, normalisation and length.
+        prompt: Prompt recipe, as in `from_causal_lm`.
+        pooling: Pooling mode, as in `from_causal_lm`.
+        normalize: Embeddings of unit length.
+        max_seq_length: Longest text in tokens; None for the model's own limit.
+        device: Where the model runs; None for the best at hand.
+        dtype: Of the backbone, as in transformers.
+        trust_remote_code: Allow model code of the checkpoint to run.
+        show_progress_bar: Show a bar while the unembedding matrix is read.
+
+    Raises:
+        DataError: If a filtered model is given a prompt or a pooling.
+    """
+    name = os.fspath(name_or_path)
+    is_filtered = (Path(name) / METADATA_FILE).is_file()
+    if is_filtered:
+        if (prompt, pooling) != (None, None):
+            raise DataError(
+                "a filtered model has a prompt and a pooling of its own, got prompt or pooling for "
+                f"{name}; give the language model that it was made from"
+            )
+        model = load(name, device=device, trust_remote_code=trust_remote_code)
+    else:
+        model = from_causal_lm(
+            name,
+            prompt=prompt,
+            pooling=pooling,
+            keep=1.0,
+            normalize=normalize,
+            max_seq_length=max_seq_length,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            show_progress_bar=show_progress_bar,
+        )
+    layer = filter_of(model)
+    recipe = None if layer is None else layer.metadata.prompt
+    unit = any(isinstance(module, Normalize) for module in model.children())
+    # Every band of a sweep must be exact, so the sums are float64.
+    unembedding = open_unembedding(name, trust_remote_code=trust_remote_code)
+    spectrum, _ = unembedding.fit(precision="float64")
+    return RawModel(
+        without_filter(model),
+        spectrum,
+        Path(name).resolve().name if Path(name).is_dir() else name,
+        prompt or (None if recipe is None else str(recipe["recipe"])),
+        unit,
+        layer if is_filtered else None,
+    )
+
+
+def without_filter(model: SentenceTransformer) -> SentenceTransformer:
+    """The same model, changed in place, without filter and normalisation."""
+    for name, module in list(model.named_children()):
+        if isinstance(module, EmbedFilterLayer | Normalize):
+            del model._modules[name]
+    return model
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """An encoder: vectors from the store, mapped."""
+
+    store: VectorStore
+    transform: Transform
+
+    def encode(
+        self, texts: Sequence[str], *, method: str = "encode", prompt: str | None = None
+    ) -> Vectors:
+        """Mapped vectors (n, k) of texts."""
+        return self.transform(self.store.encode(texts, method=method, prompt=prompt))
+
+
+def default_configurations() -> list[Configuration]:
+    """The filter and everything it should be compared with, at d/2, d/4 and d/8."""
+    return grid(["bulk", *baseline_names()])
+
+
+def sweep(
+    raw: RawModel,
+    tasks: Sequence[Task],
+    configurations: Sequence[Configuration] | None = None,
+    *,
+    fit_texts: Sequence[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    batch_size: int = 32,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    show_progress_bar: bool = True,
+) -> Iterator[Result]:
+    """Measures configurations on tasks; every text is encoded once.
+
+    Args:
+        raw: The unfiltered model.
+        tasks: What to measure on.
+        configurations: What to measure, None for `default_configurations`. The raw model is always
+            measured, and first.
+        fit_texts: Texts that data-driven baselines are fitted on; None for a sample of the task's
+            own texts, without their labels.
+        cache: Folder for raw vectors, None for none.
+        batch_size: Texts in a batch of the model.
+        resamples: Bootstrap samples; 0 for no intervals.
+        level: Coverage of the intervals in (0, 1).
+        seed: Seed of the bootstrap and of the sample for data-driven baselines.
+        show_progress_bar: Show bars.
+
+    Yields:
+        A row as soon as it is measured. A baseline that cannot be fitted on so few texts is left
+        out with a warning.
+    """
+    chosen = default_configurations() if configurations is None else list(configurations)
+    chosen = [Configuration("raw"), *(c for c in chosen if c.name != "raw")]
+    for configuration in chosen:
+        configuration.dims(raw.spectrum.d)  # one that does not fit is an error before any encoding
+    store = VectorStore(
+        raw.model, cache=cache, batch_size=batch_size, show_progress_bar=show_progress_bar
+    )
+    sample = None if fit_texts is None else store.encode(list(fit_texts))
+    if sample is not None:
+        store.forget()
+    fitted_on = "the task's own texts" if sample is None else f"{len(sample)} given texts"
+    with tqdm(
+        total=len(tasks) * len(chosen),
+        unit="score",
+        desc="Sweep",
+        disable=None if show_progress_bar else True,
+    ) as bar:
+        for task in tasks:
+            bar.set_description(task.info.name)
+            reference: tuple[Outcome, Floats | None] | None = None
+            for configuration in chosen:
+                bar.update()
+                own = configuration.name in FITTED and sample is None
+                texts = store.seen(FIT_TEXTS, seed) if own else sample
+                try:
+                    outcomes = _outcomes(raw, store, task, configuration, texts)
+                except DataError as error:
+                    if configuration.name not in FITTED:
+                        raise
+                    logger.warning("%s: left out, %s", task.info.name, error)
+                    continue
+                outcome = Outcome.mean(outcomes)
+                drawn = replicates(outcome, resamples, seed) if resamples else None
+                reference = reference or (outcome, drawn)
+                difference = None
+                if drawn is not None and reference[1] is not None:
+                    difference = interval(drawn - reference[1], level)
+                scores = None if drawn is None else interval(drawn, level)
+                yield Result(
+                    task=task.info.name,
+                    task_type=task.info.task_type,
+                    dataset=task.info.dataset,
+                    revision=task.info.revision,
+                    split=task.info.split,
+                    metric=task.info.metric,
+                    configuration=configuration.name,
+                    dims=configuration.dims(raw.spectrum.d),
+                    full_dims=raw.spectrum.d,
+                    start=configuration.start(raw.spectrum.d),
+                    needs_data=configuration.needs_data,
+                    fitted_on=_fitted_on(configuration, fitted_on),
+                    score=outcome.score,
+                    low=None if scores is None else scores[0],
+                    high=None if scores is None else scores[1],
+                    delta=outcome.score - reference[0].score,
+                    delta_low=None if difference is None else difference[0],
+                    delta_high=None if difference is None else difference[1],
+                    std=float(np.std([o.score for o in outcomes], ddof=1))
+                    if len(outcomes) > 1
+                    else None,
+                    level=level,
+                    resamples=resamples,
+                    units=outcome.units,
+                    model=raw.name,
+                    prompt=raw.prompt,
+                    pooling=raw.pooling,
+                    normalize=raw.normalize,
+                    max_seq_length=raw.model.max_seq_length,
+                    measured_by=task.info.measured_by,
+                )
+            store.forget()
+            if isinstance(task, Releasable):
+                task.release()
+
+
+def _fitted_on(configuration: Configuration, texts: str) -> str | None:
+    if configuration.name in FITTED:
+        return texts
+    if configuration.name == "calibrated":
+        return "its calibration texts"
+    return "token counts" if configuration.order is not None else None
+
+
+def _outcomes(
+    raw: RawModel,
+    store: VectorStore,
+    task: Task,
+    configuration: Configuration,
+    sample: Vectors | None,
+) -> list[Outcome]:
+    transforms = configuration.transforms(
+        raw.spectrum, sample, normalize=raw.normalize, layer=raw.layer
+    )
+    return [task.run(Filtered(store, transform)) for transform in transforms]

@@ -1,0 +1,1 @@
+"""Files of a model, in a folder or on the Hub."""

@@ -1,0 +1,490 @@
+"""The lens on one model: what its embeddings say and how it changes, as tables, JSON or one page.
+
+`look` shows nearest tokens, `study` measures on a corpus; both take live objects. `open_model` is
+the thin loader.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Module
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from st_embfilter.errors import BandError, EmbedFilterError, LensError, ProvenanceError
+from st_embfilter.lens import figures as plots
+from st_embfilter.lens.anisotropy import Anisotropy, anisotropy
+from st_embfilter.lens.counts import SMOOTHING, TokenCounts
+from st_embfilter.lens.spectroscopy import Spectroscopy, optimal_band, spectroscopy_of_counts
+from st_embfilter.lens.tokens import logit_lens, pooled_embeddings, visible
+from st_embfilter.model.build import from_causal_lm, load, open_unembedding
+from st_embfilter.model.layer import FEATURE, EmbedFilterLayer, filter_of
+from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
+from st_embfilter.spectrum.band import Band
+from st_embfilter.spectrum.gram import Spectrum
+from st_embfilter.unembedding.source import Progress, Unembedding
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from matplotlib.figure import Figure
+
+#: Nearest tokens of which the share of frequent ones is measured, as in the paper.
+SHARE_OF: Final = 10
+
+_FILTER_FOLDERS: Final = ("", "2_EmbedFilterLayer")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token near an embedding.
+
+    Attributes:
+        text: Decoded.
+        id: Its number.
+        probability: Softmax over the whole vocabulary, in [0, 1].
+    """
+
+    text: str
+    id: int
+    probability: float
+
+    @property
+    def visible(self) -> str:
+        """The text as it is shown: no spaces around, nothing invisible."""
+        return visible(self.text)
+
+
+@dataclass(frozen=True)
+class TextLens:
+    """Nearest tokens of one text, most probable first, without and with the filter."""
+
+    text: str
+    before: tuple[Token, ...]
+    after: tuple[Token, ...]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Measures of a sample of embeddings on one side of the filter.
+
+    Attributes:
+        dims: Width.
+        anisotropy: How unevenly they fill their space.
+        frequent_share: Share of the corpus's frequent tokens among the nearest ten, in [0, 1].
+    """
+
+    dims: int
+    anisotropy: Anisotropy
+    frequent_share: float
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a corpus says about a model and its filter.
+
+    Attributes:
+        singular_values: (d,) float64.
+        spectroscopy: dpi of all directions for three token groups.
+        before: The sample without the filter.
+        after: The sample with it.
+        sample: Number of texts in the sample.
+        counts: Of the tokens of the corpus.
+        smoothing: Pseudo-count of the average token.
+    """
+
+    singular_values: Tensor
+    spectroscopy: Spectroscopy
+    before: Side
+    after: Side
+    sample: int
+    counts: TokenCounts
+    smoothing: float
+
+
+@dataclass(frozen=True)
+class LensReport:
+    """Everything that the lens shows of one model.
+
+    Attributes:
+        name: Of the model.
+        metadata: Of its filter.
+        layer: The layer between that was read, or None for the output.
+        texts: Nearest tokens of single texts.
+        study: Measures on a corpus, if there was one.
+    """
+
+    name: str
+    metadata: FilterMetadata
+    layer: int | None
+    texts: tuple[TextLens, ...]
+    study: Study | None = None
+
+    @property
+    def d(self) -> int:
+        """Width before the filter."""
+        return self.metadata.d
+
+    @property
+    def k(self) -> int:
+        """Width after the filter."""
+        return self.metadata.k
+
+    @property
+    def band(self) -> Band:
+        """Which directions the filter keeps."""
+        return self.metadata.band
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types; the shifts of all directions included."""
+        document: dict[str, Any] = {
+            "model": self.name,
+            "band": str(self.band),
+            "d": self.d,
+            "k": self.k,
+            "calibrated": self.metadata.calibration is not None,
+            "layer": self.layer,
+            "texts": [asdict(text) for text in self.texts],
+        }
+        if self.study is not None:
+            shifts = self.study.spectroscopy.shifts
+            document["study"] = {
+                "corpus": {"texts": self.study.counts.texts, "tokens": self.study.counts.total},
+                "sample": self.study.sample,
+                "smoothing": self.study.smoothing,
+                "before": asdict(self.study.before),
+                "after": asdict(self.study.after),
+                "mean_shift": {
+                    name: self.study.spectroscopy.edges_and_middle(name) for name in shifts
+                },
+                "shift": {name: shift.tolist() for name, shift in shifts.items()},
+                "singular_values": self.study.singular_values.tolist(),
+            }
+        return document
+
+
+def open_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    keep: float | int | None = None,
+    band: str | Band | None = None,
+    prompt: str | None = None,
+    counts: TokenCounts | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    show_progress_bar: bool = True,
+) -> tuple[SentenceTransformer, Unembedding]:
+    """A filtered model and its unembedding matrix, from a filtered model or a causal LM.
+
+    Args:
+        name_or_path: Folder or Hub id of either.
+        keep: For a causal LM, as in `from_causal_lm`; a filtered model has its own.
+        band: Likewise; "optimal" measures the band with `counts`.
+        prompt: Likewise.
+        counts: Token counts, for band "optimal".
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Allow code of the model to run.
+        device: Where the model runs; None for the best at hand.
+        show_progress_bar: Show bars.
+
+    Raises:
+        LensError: If a filtered model is asked to be built otherwise.
+        EmbedFilterError: If the model cannot be loaded or built.
+    """
+    name = os.fspath(name_or_path)
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if _is_filtered(name, revision):
+        if (keep, band, prompt) != (None, None, None):
+            raise LensError(
+                "a filtered model has a band and a prompt of its own, got keep, band or prompt for "
+                f"{name}; give its language model to try others"
+            )
+        try:
+            return load(name, device=device, **common), open_unembedding(name, **common)
+        except EmbedFilterError:
+            raise
+        except (ValueError, OSError) as error:
+            raise LensError(
+                f"a filtered model must load with sentence-transformers, got {_first_line(error)}; "
+                "one with code of its own needs trust_remote_code (--trust-remote-code)"
+            ) from error
+    unembedding = open_unembedding(name, **common)
+    keep = 0.5 if keep is None else keep
+    if band == "optimal":
+        if counts is None:
+            raise BandError(
+                "band 'optimal' is measured on a corpus, got no token counts; pass them"
+            )
+        spectrum, _ = _fit(unembedding, show_progress_bar)
+        shifts = spectroscopy_of_counts(unembedding, spectrum, counts).shifts
+        band = optimal_band(shifts["frequent"], keep)
+    model = from_causal_lm(
+        name,
+        prompt=prompt,
+        keep=keep,
+        band="bulk" if band is None else band,
+        device=device,
+        show_progress_bar=show_progress_bar,
+        **common,
+    )
+    return model, unembedding
+
+
+def load_tokenizer(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, to count a corpus with before the model is opened.
+
+    Raises:
+        UnembeddingError: If there is no such model.
+        LensError: If it has no tokenizer.
+    """
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    open_unembedding(name_or_path, **common)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **common)
+    except (OSError, ValueError) as error:
+        raise LensError(
+            f"the lens needs the model's tokenizer, got none in {name_or_path}; add its files"
+        ) from error
+    return tokenizer
+
+
+def look(
+    model: SentenceTransformer,
+    unembedding: Unembedding,
+    texts: Sequence[str],
+    *,
+    name: str = "model",
+    layer: int | None = None,
+    top_k: int = 5,
+    show_progress_bar: bool = True,
+) -> LensReport:
+    """The nearest tokens of texts, without and with the model's filter.
+
+    Args:
+        model: With a filter.
+        unembedding: W_U of its backbone.
+        texts: Texts to embed.
+        name: Of the model, for the report.
+        layer: Layer to read, see `lens.layer_output`.
+        top_k: Tokens of each text.
+        show_progress_bar: Show a bar.
+
+    Raises:
+        LensError: If the model has no filter.
+    """
+    found = _filter(model)
+    hidden = pooled_embeddings(model, texts, layer=layer, show_progress_bar=show_progress_bar)
+    filtered = _filtered(found, hidden)
+    before, after = (
+        [
+            tuple(map(Token, *row))
+            for row in zip(
+                lens.tokens(model.tokenizer),
+                lens.ids.tolist(),
+                lens.probabilities.tolist(),
+                strict=True,
+            )
+        ]
+        for lens in (
+            logit_lens(hidden, unembedding, top_k=top_k),
+            logit_lens(filtered, unembedding, found.projection, top_k=top_k),
+        )
+    )
+    shown = tuple(map(TextLens, texts, before, after))
+    return LensReport(name, found.metadata, layer, shown)
+
+
+def study(
+    model: SentenceTransformer,
+    unembedding: Unembedding,
+    counts: TokenCounts,
+    sample: Sequence[str],
+    *,
+    layer: int | None = None,
+    smoothing: float = SMOOTHING,
+    show_progress_bar: bool = True,
+) -> Study:
+    """Measures spectroscopy and anisotropy.
+
+    Args:
+        model: With a filter.
+        unembedding: W_U of its backbone.
+        counts: Of a corpus, with the model's tokenizer.
+        sample: Texts to embed, a few hundred.
+        layer: Layer whose embeddings are measured, see `lens.layer_output`.
+        smoothing: See `TokenCounts.log_probabilities`.
+        show_progress_bar: Show bars.
+
+    Raises:
+        ProvenanceError: If the filter was made from another matrix, or the counts with another
+            tokenizer.
+        ShapeError: If the sample has fewer than two different texts.
+    """
+    found = _filter(model)
+    counts.check_tokenizer(model.tokenizer)
+    spectrum, sha256 = _fit(unembedding, show_progress_bar)
+    _check_source(found.metadata, unembedding, sha256)
+    measured = spectroscopy_of_counts(unembedding, spectrum, counts, smoothing=smoothing)
+    frequent = counts.groups()["frequent"]
+    hidden = pooled_embeddings(model, sample, layer=layer, show_progress_bar=show_progress_bar)
+    before, after = (
+        Side(
+            dims=embeddings.shape[1],
+            anisotropy=anisotropy(embeddings),
+            frequent_share=logit_lens(embeddings, unembedding, rows, top_k=SHARE_OF).share_of(
+                frequent
+            ),
+        )
+        for embeddings, rows in ((hidden, None), (_filtered(found, hidden), found.projection))
+    )
+    return Study(spectrum.singular_values, measured, before, after, len(sample), counts, smoothing)
+
+
+def render_html(report: LensReport) -> str:
+    """One self-contained page: figures inlined, no script, nothing from the network.
+
+    Raises:
+        MissingPackageError: If matplotlib is not installed.
+    """
+    # As an image with its data inside, a figure can run no script and clash with no other.
+    figures = {
+        name: "data:image/svg+xml;base64," + base64.b64encode(plots.render(figure)).decode()
+        for name, figure in _study_figures(report).items()
+    }
+    return _template("lens.html.jinja").render(report=report, figures=figures, share_of=SHARE_OF)
+
+
+def draw(report: LensReport, folder: str | os.PathLike[str]) -> None:
+    """Writes the figures as PNG: lens, and of a study spectrum and spectroscopy.
+
+    Raises:
+        MissingPackageError: If matplotlib is not installed.
+        OutputError: If the folder cannot be written.
+    """
+    before, after = (
+        [[(token.visible, token.probability) for token in tokens] for tokens in side]
+        for side in ([t.before for t in report.texts], [t.after for t in report.texts])
+    )
+    lens = plots.lens_figure([text.text for text in report.texts], before, after)
+    figures = {"lens": lens, **_study_figures(report)}
+    for name, figure in figures.items():
+        plots.save_figure(figure, Path(folder) / f"{name}.png")
+
+
+def card_section(report: LensReport) -> str:
+    """A section for the model card, in Markdown."""
+    return _template("lens.md.jinja").render(report=report, share_of=SHARE_OF)
+
+
+def _study_figures(report: LensReport) -> dict[str, Figure]:
+    if report.study is None:
+        return {}
+    kept = report.band.indices(report.d)
+    return {
+        "spectrum": plots.spectrum_figure(report.study.singular_values, kept),
+        "spectroscopy": plots.spectroscopy_figure(report.study.spectroscopy.shifts, kept),
+    }
+
+
+def _filter(model: SentenceTransformer) -> EmbedFilterLayer:
+    found = filter_of(model)
+    if found is None:
+        raise LensError("the lens compares without and with a filter, got a model without one")
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _filtered(layer: EmbedFilterLayer, hidden: Tensor) -> Tensor:
+    """(n, k) on the CPU."""
+    moved = hidden.to(layer.projection.device)
+    filtered: Tensor = layer({FEATURE: moved})[FEATURE]
+    return filtered.cpu()
+
+
+def _is_filtered(name: str, revision: str | None) -> bool:
+    return any(
+        Module.load_file_path(name, METADATA_FILE, subfolder=folder, revision=revision) is not None
+        for folder in _FILTER_FOLDERS
+    )
+
+
+def _fit(unembedding: Unembedding, show_progress_bar: bool) -> tuple[Spectrum, str]:
+    """The spectrum in float64, which the average token needs, and the hash of W_U."""
+    with _bar(unembedding, show_progress_bar) as progress:
+        spectrum, provenance = unembedding.fit(precision="float64", progress=progress)
+    return spectrum, provenance.sha256
+
+
+def _check_source(metadata: FilterMetadata, unembedding: Unembedding, sha256: str) -> None:
+    expected = metadata.provenance
+    dtype = getattr(torch, expected.dtype, None)
+    if sha256 != expected.sha256 and dtype not in (None, unembedding.stored.dtype):
+        # A backbone that was saved in a wider dtype than its checkpoint had.
+        sha256 = unembedding.provenance(dtype).sha256
+    if sha256 != expected.sha256:
+        raise ProvenanceError(
+            "the unembedding matrix must be the one that the filter was made from, got sha256 "
+            f"{sha256[:12]} instead of {expected.sha256[:12]}; build the filter anew"
+        )
+
+
+@contextmanager
+def _bar(unembedding: Unembedding, show: bool) -> Iterator[Progress]:
+    with tqdm(
+        total=unembedding.stored.nbytes,
+        unit="B",
+        unit_scale=True,
+        desc=f"Spectrum of {unembedding.stored.name}",
+        disable=None if show else True,
+    ) as bar:
+        yield lambda done, total: bar.update(done - bar.n)
+
+
+@cache
+def _template(name: str) -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("st_embfilter", "templates"),
+        autoescape=name.endswith(".html.jinja"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = _code
+    environment.filters["literal"] = _literal
+    return environment.get_template(name)
+
+
+def _literal(text: str) -> str:
+    """Text on one line that Markdown takes as it is."""
+    return re.sub(r"([\\`*_\[\]<>|$&~])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Text as a Markdown code span that fits into a cell of a table."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
+    padding = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{padding}{line}{padding}{fence}"

@@ -1,0 +1,1 @@
+"""The layer, its metadata, and the models that are built with it."""

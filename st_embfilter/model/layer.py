@@ -1,0 +1,472 @@
+"""`EmbedFilterLayer`: the filter as a sentence-transformers module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Final
+
+import torch
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Module, Normalize, Pooling
+from torch import Tensor, nn
+
+from st_embfilter.errors import FormatError, PlacementError, ShapeError
+from st_embfilter.files.hub import model_files, upload
+from st_embfilter.files.staging import staged
+from st_embfilter.files.tensors import SAFETENSORS_FILE
+from st_embfilter.model.metadata import METADATA_FILE, SPECTRUM_FILE, FilterMetadata
+from st_embfilter.model.modules_file import IDENTITY
+
+#: Folders of a filter's weights and of its metadata: in the portable form, in that of
+#: sentence-transformers, and alone.
+_FOLDERS: Final = (("2_Dense/", ""), ("2_EmbedFilterLayer/", "2_EmbedFilterLayer/"), ("", ""))
+
+#: Rounding to 16 bits leaves less than this, a damaged matrix more.
+MAX_SKEW: Final = 0.01
+
+FEATURE: Final = "sentence_embedding"
+
+
+class EmbedFilterLayer(Module):
+    """Maps a sentence embedding to the kept singular directions of the unembedding matrix.
+
+    Computes h V_k (arXiv 2606.07502, section 4): inner products, norms and distances of the result
+    equal those of the full-size projection V_k V_k^T h. The first k' outputs are the filter of
+    width k'. Always float32 arithmetic and float32 output, whatever the backbone's dtype; frozen.
+
+    A calibrated filter is an affine map of the same directions, see `calibration`.
+
+    It goes after Pooling and before Normalize.
+
+    Args:
+        projection: (k, d) float32, in nested order; with orthonormal rows unless calibrated.
+        metadata: What the filter was made from.
+        singular_values: (d,) float64 of the whole spectrum, if known.
+        bias: (k,) float32 of a calibrated filter.
+
+    Raises:
+        ShapeError: If the shapes are not the (k, d) and (k,) of the metadata.
+    """
+
+    config_keys: ClassVar[list[str]] = [  # type: ignore[misc]
+        "in_features",
+        "out_features",
+        "bias",
+        "activation_function",
+    ]
+    activation_function: Final = IDENTITY
+
+    def __init__(
+        self,
+        projection: Tensor,
+        metadata: FilterMetadata,
+        singular_values: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        if tuple(projection.shape) != (metadata.k, metadata.d):
+            raise ShapeError(
+                f"the projection must have the shape of its metadata, {(metadata.k, metadata.d)}, "
+                f"got {tuple(projection.shape)}"
+            )
+        if bias is not None and tuple(bias.shape) != (metadata.k,):
+            raise ShapeError(f"the bias must have shape ({metadata.k},), got {tuple(bias.shape)}")
+        self.metadata = metadata
+        self.singular_values = singular_values
+        # The state's key is Dense's "linear.weight", so the saved folder is also a Dense.
+        self.linear = _FrozenLinear(
+            projection.to(torch.float32), None if bias is None else bias.to(torch.float32)
+        )
+
+    @property
+    def projection(self) -> Tensor:
+        """(k, d) float32, rows in nested order; orthonormal unless calibrated."""
+        return self.linear.weight
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of a saved filter, by the names that `Dense` gives them, on the CPU."""
+        return {name: value.detach().cpu() for name, value in self.state_dict().items()}
+
+    @property
+    def bias(self) -> bool:
+        """Whether a bias is added; the value in the configuration."""
+        return self.linear.bias is not None
+
+    @property
+    def in_features(self) -> int:
+        """Width d of the embeddings that go in."""
+        return self.projection.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width k of the embeddings that come out."""
+        return self.projection.shape[0]
+
+    def get_embedding_dimension(self) -> int:
+        """Width k of the embeddings that come out."""
+        return self.out_features
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Replaces `sentence_embedding` (.., d) by its filtered form (.., k), float32.
+
+        Raises:
+            PlacementError: If there is no `sentence_embedding` yet.
+            ShapeError: If its width is not d.
+        """
+        embedding = features.get(FEATURE)
+        if embedding is None:
+            raise PlacementError(
+                "EmbedFilterLayer must stand after Pooling, got features without "
+                f"{FEATURE!r}; put it after the module that pools"
+            )
+        if embedding.shape[-1] != self.in_features:
+            raise ShapeError(
+                f"this filter takes embeddings of width {self.in_features}, got "
+                f"{embedding.shape[-1]}; build it from the unembedding matrix of this backbone"
+            )
+        features[FEATURE] = self.linear(embedding)
+        return features
+
+    def on_model_ready(self, model: nn.Module) -> None:
+        """Hook of sentence-transformers: checks the place in the pipeline."""
+        check_placement(model.children())
+
+    def save(
+        self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """Writes a folder that is valid for `Dense`, plus the metadata and the spectrum."""
+        self.save_config(output_path)
+        self.save_torch_weights(output_path, safe_serialization=safe_serialization)
+        write_metadata(output_path, self)
+
+    @classmethod
+    def load(  # type: ignore[override] # the other parameters are in kwargs
+        cls, model_name_or_path: str, **kwargs: Any
+    ) -> EmbedFilterLayer:
+        """Loads a saved layer from a folder or the Hub.
+
+        Args:
+            model_name_or_path: Folder or Hub id of the model that holds it.
+            **kwargs: As in `Module.load`: subfolder, token, cache_folder, revision,
+                local_files_only; others are ignored.
+
+        Raises:
+            FormatError: If the metadata is missing or contradicts the weights.
+        """
+        names = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
+        where = {name: kwargs[name] for name in names if name in kwargs}
+        metadata_file = cls.load_file_path(model_name_or_path, METADATA_FILE, **where)
+        if metadata_file is None:
+            raise FormatError(
+                f"a saved EmbedFilterLayer must hold {METADATA_FILE}, got none in "
+                f"{model_name_or_path}/{kwargs.get('subfolder', '')}"
+            )
+        weights = cls.load_torch_weights(model_name_or_path, **where)
+        spectrum_file = cls.load_file_path(model_name_or_path, SPECTRUM_FILE, **where)
+        return assemble(
+            weights,
+            _read_text(Path(metadata_file)),
+            None if spectrum_file is None else _load_file(Path(spectrum_file)),
+        )
+
+    def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Writes the filter alone, without the model: a few megabytes.
+
+        The folder appears complete or not at all. `from_pretrained` reads it, and as a module it is
+        a valid `Dense`.
+
+        Args:
+            path: Target folder; must be missing or empty.
+            overwrite: Replace a folder of ours that is there already.
+
+        Returns:
+            The target folder.
+
+        Raises:
+            OutputError: If the target is not empty, or cannot be written.
+        """
+        with staged(path, overwrite=overwrite) as folder:
+            self._fill(folder)
+        return Path(path).absolute()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """Publishes the filter alone on the Hub, as one commit.
+
+        Args:
+            repo_id: E.g. "org/name"; made if it does not exist.
+            private: Visibility of a new repository; one that exists keeps its own.
+            revision: Branch to commit to, made if need be; None for the main one.
+            create_pr: Open a pull request instead of committing to the branch.
+            commit_message: Its first line.
+            token: Hub token; None for the one that is logged in or in `HF_TOKEN`.
+
+        Returns:
+            What huggingface_hub says about the commit.
+
+        Raises:
+            HubError: If the Hub refuses.
+        """
+        with TemporaryDirectory(prefix="st-embfilter-") as folder:
+            self._fill(Path(folder), repo_id)
+            return upload(
+                folder,
+                repo_id,
+                commit_message=commit_message or "Add EmbedFilter filter",
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                token=token,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_folder: str | None = None,
+        local_files_only: bool = False,
+    ) -> EmbedFilterLayer:
+        """Loads a filter that was saved alone, or the filter of a saved model.
+
+        Args:
+            name_or_path: Folder or Hub id.
+            revision: Branch, tag or commit on the Hub.
+            token: Hub token.
+            cache_folder: The Hub cache, if not the usual one.
+            local_files_only: Take files from that cache only.
+
+        Raises:
+            FormatError: If there is no filter, or its files contradict each other.
+            HubError: If the Hub, the repository or the revision cannot be reached.
+        """
+        files = model_files(
+            name_or_path,
+            revision=revision,
+            token=token,
+            cache_folder=cache_folder,
+            local_files_only=local_files_only,
+        )
+        for folder, metadata_folder in _FOLDERS:
+            metadata_file = files.path(f"{metadata_folder}{METADATA_FILE}")
+            weights_file = metadata_file and files.path(f"{folder}{SAFETENSORS_FILE}")
+            if metadata_file is None or weights_file is None:
+                continue
+            spectrum_file = files.path(f"{metadata_folder}{SPECTRUM_FILE}")
+            return assemble(
+                _load_file(weights_file),
+                _read_text(metadata_file),
+                None if spectrum_file is None else _load_file(spectrum_file),
+            )
+        raise FormatError(
+            f"a filtered model must hold {METADATA_FILE} and the weights of its filter, got none "
+            f"in {files.where}; build one with from_causal_lm or `st-embfilter build`"
+        )
+
+    def _fill(self, folder: Path, *name: str) -> None:
+        self.save(str(folder))
+        (folder / "README.md").write_text(filter_card(self.metadata, *name), encoding="utf-8")
+
+
+class _FrozenLinear(nn.Module):
+    """x W^T + b in float32 with values that no training and no cast changes."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.to(torch.float32), self.weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _FrozenLinear:
+        # .half() and .to(dtype) may move the weight to another device, never change its dtype.
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in before.items():
+            after = self.get_buffer(name)
+            if after.dtype != value.dtype:
+                setattr(self, name, value.to(after.device))
+        return self
+
+
+# The public path is a file format: modules.json of saved models names it.
+EmbedFilterLayer.__module__ = "st_embfilter"
+
+
+def assemble(
+    weights: dict[str, Tensor], metadata_json: str, spectrum: dict[str, Tensor] | None
+) -> EmbedFilterLayer:
+    """A layer from the contents of its three files.
+
+    Raises:
+        FormatError: If the metadata is malformed or the weights do not fit it.
+    """
+    metadata = FilterMetadata.from_json(metadata_json)
+    expected = (metadata.k, metadata.d)
+    names = {"linear.weight"} | ({"linear.bias"} if metadata.calibration is not None else set())
+    if set(weights) != names:
+        raise FormatError(
+            f"the weights of this filter must be {sorted(names)} as {METADATA_FILE} says, got "
+            f"{sorted(weights)}"
+        )
+    projection, bias = weights["linear.weight"], weights.get("linear.bias")
+    fits = tuple(projection.shape) == expected and projection.is_floating_point()
+    if not fits or not bool(torch.isfinite(projection).all()):
+        raise FormatError(
+            f"the projection must be finite and of shape {expected} as {METADATA_FILE} says, got "
+            f"shape {tuple(projection.shape)} and {projection.dtype}; the files do not belong "
+            "together"
+        )
+    if metadata.calibration is None and _skew(projection) > MAX_SKEW:
+        raise FormatError(
+            "the rows of a projection must be orthonormal, got a matrix that is not; the file was "
+            "edited or is damaged"
+        )
+    if bias is not None and (
+        tuple(bias.shape) != expected[:1] or not bool(torch.isfinite(bias).all())
+    ):
+        raise FormatError(
+            f"the bias must be finite and of shape {expected[:1]} as {METADATA_FILE} says, got "
+            f"shape {tuple(bias.shape)}; the files do not belong together"
+        )
+    singular_values = None
+    if spectrum is not None:
+        singular_values = spectrum.get("singular_values")
+        if singular_values is None or not _is_spectrum(singular_values, metadata.d):
+            raise FormatError(
+                f"{SPECTRUM_FILE} must hold {metadata.d} singular values, finite, >= 0 and "
+                f"descending, got {', '.join(sorted(spectrum)) or 'no tensor'}"
+            )
+    return EmbedFilterLayer(projection, metadata, singular_values, bias)
+
+
+def _skew(projection: Tensor) -> float:
+    """How far P P^T x is from x, relative to its length, for some fixed random vectors x.
+
+    Takes O(k d) instead of the O(k^2 d) of the whole product, which `verify` checks.
+    """
+    rows = projection.to(torch.float32)
+    x = torch.randn(rows.shape[0], 4, generator=torch.Generator().manual_seed(0))
+    return float((rows @ (rows.T @ x) - x).norm() / x.norm())
+
+
+def _is_spectrum(values: Tensor, d: int) -> bool:
+    return (
+        tuple(values.shape) == (d,)
+        and bool(torch.isfinite(values).all())
+        and bool((values >= 0).all())
+        and bool((values.diff() <= 0).all())
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path.name} must be a text in UTF-8, got: {error}") from error
+
+
+def write_metadata(folder: str | os.PathLike[str], layer: EmbedFilterLayer) -> None:
+    """Writes the metadata and, where it is known, the spectrum."""
+    folder = Path(folder)
+    (folder / METADATA_FILE).write_text(layer.metadata.to_json(), encoding="utf-8")
+    if layer.singular_values is not None:
+        save_file({"singular_values": layer.singular_values.cpu()}, folder / SPECTRUM_FILE)
+
+
+def check_placement(modules: Iterable[nn.Module]) -> None:
+    """Checks that the filter stands once, after pooling and before normalisation.
+
+    Raises:
+        PlacementError: Says what stands where.
+    """
+    modules = list(modules)
+    names = " > ".join(type(module).__name__ for module in modules)
+    filters = [i for i, module in enumerate(modules) if isinstance(module, EmbedFilterLayer)]
+    normalizers = [i for i, module in enumerate(modules) if isinstance(module, Normalize)]
+    if len(filters) > 1:
+        raise PlacementError(f"a model holds one EmbedFilterLayer at most, got {names}")
+    if not filters:
+        return
+    if any(position < filters[0] for position in normalizers):
+        raise PlacementError(
+            f"EmbedFilterLayer must stand before Normalize, got {names}; filter first, so that "
+            "the filtered embeddings have unit length"
+        )
+    before = modules[: filters[0]]
+    if any(isinstance(module, Pooling) for module in modules) and not any(
+        isinstance(module, Pooling) for module in before
+    ):
+        raise PlacementError(f"EmbedFilterLayer must stand after Pooling, got {names}")
+    if any(isinstance(module, Dense) for module in before):
+        raise PlacementError(
+            f"EmbedFilterLayer must stand directly after Pooling, got {names}; a Dense layer "
+            "before it leaves the space of the unembedding matrix"
+        )
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path.name} must be a safetensors file, got: {error}") from error
+    return tensors
+
+
+def filter_card(metadata: FilterMetadata, name: str = "path/to/this/folder") -> str:
+    """The card of a filter alone; `name` is the folder or Hub id that it is loaded from."""
+    source = metadata.provenance
+    on_hub = source.model_id is not None and source.revision is not None
+    base = f"base_model: {source.model_id}\nbase_model_relation: adapter\n" if on_hub else ""
+    model = source.model_id or "a language model"
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+{base}tags:
+- sentence-transformers
+- embedfilter
+---
+
+# EmbedFilter for {model}
+
+The {metadata.band} band of the singular directions of `{source.tensor}`, without the model: it maps
+pooled hidden states of {metadata.d} dimensions to {metadata.k}
+([EmbedFilter](https://arxiv.org/abs/2606.07502)). It fits every model with the same unembedding
+matrix:
+
+`sha256 {source.sha256}`
+
+```python
+import st_embfilter
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{source.model_id or "my-decoder-model"}")
+st_embfilter.stack_filter(model, "{name}")
+```
+"""
+
+
+def filter_of(model: SentenceTransformer) -> EmbedFilterLayer | None:
+    """The model's filter, or None."""
+    return next((m for m in model.children() if isinstance(m, EmbedFilterLayer)), None)

@@ -1,0 +1,262 @@
+"""Prompt recipes on a model: what they do to its tokenizer, its pooling and its saved files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from st_embfilter.errors import PromptError
+from st_embfilter.model.backbone import TEXT_ONLY, TOKENIZER_CONFIG
+from st_embfilter.model.echo_pooling import EchoPooling, EchoTransformer
+from st_embfilter.model.meta_eol import MetaEOLTransformer
+from st_embfilter.model.prompts import SLOT, Echo, MetaEOL, PromptEOL, Recipe
+
+TOKENIZER_FILE: Final = "tokenizer.json"
+
+#: The exact encoding goes through a chat template; `flat` hands it the text as it is.
+MESSAGES: Final[dict[str, Any]] = {
+    **TEXT_ONLY,
+    "message": {**TEXT_ONLY["text"], "format": "flat"},
+}
+
+#: The one class that reads `tokenizer.json` as it is, in transformers 4 and 5.
+_TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"
+
+#: Keys of `tokenizer_config.json` that make any class build its post-processor anew, or that name
+#: another class.
+_REBUILDING_KEYS: Final = ("add_bos_token", "add_eos_token", "auto_map")
+
+#: Other sources of a vocabulary, from which a stack would make a tokenizer without the prompt, and
+#: chat templates, which would go before the one in `tokenizer_config.json`.
+_SOURCE_FILES: Final = re.compile(
+    r"(vocab|tekken|chat_template)\.json|merges\.txt|vocab\.txt|.*\.(model|spm|tiktoken|jinja)"
+)
+
+_SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+#: Texts whose edges join differently with what stands around them.
+_PROBES: Final = ("", "word", " word ", "A word.", '"A word?"', "(1)\n", "\u05e9\u05dc\u05d5\u05dd")
+
+
+def transformer_class(recipe: Recipe | None) -> type[Transformer]:
+    """The first module of a model with this recipe."""
+    own: dict[type, type[Transformer]] = {Echo: EchoTransformer, MetaEOL: MetaEOLTransformer}
+    found: type[Transformer] = own.get(type(recipe), Transformer)
+    return found
+
+
+def modality_config(recipe: Recipe | None) -> dict[str, Any]:
+    """What the first module calls on the backbone: plain text, or messages."""
+    return MESSAGES if isinstance(recipe, PromptEOL) and recipe.encoding == "exact" else TEXT_ONLY
+
+
+def apply_recipe(backbone: Transformer, recipe: Recipe, pooling: str | None = None) -> Pooling:
+    """Puts every text of a backbone into the prompt.
+
+    Args:
+        backbone: Of the class `transformer_class` and the `modality_config` of the recipe; its
+            tokenizer is replaced.
+        recipe: With its templates known, see `for_model`.
+        pooling: Mode of `Pooling` for `PromptEOL`; None for the recipe's own.
+
+    Returns:
+        The pooling that goes with it.
+
+    Raises:
+        PromptError: If the tokenizer or `max_seq_length` does not fit the recipe.
+    """
+    if pooling is not None and not isinstance(recipe, PromptEOL):
+        raise PromptError(f"{recipe.name} has a pooling of its own, got pooling={pooling!r}")
+    width = backbone.get_embedding_dimension()
+    tokenizer = frozen(backbone.tokenizer)
+    lead = leading_ids(tokenizer)
+    pieces = [
+        [token_ids(tokenizer, piece) for piece in template.split(SLOT)]
+        for template in recipe.templates
+    ]
+    module: Pooling = Pooling(width, "mean")
+    if isinstance(recipe, MetaEOL):
+        prompts = [[lead + before, after] for before, after in pieces]
+        backbone.prompt_token_ids = prompts  # type: ignore[assignment] # of MetaEOLTransformer
+        fixed = max(len(before) + len(after) for before, after in prompts)
+    elif isinstance(recipe, Echo):
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if eos is None:
+            raise PromptError("ECHO closes texts with an EOS token, got a tokenizer without one")
+        before, middle, _ = pieces[0]
+        put_around(tokenizer, [[eos if bos is None else bos, *before], middle, [eos]])
+        fixed = tokenizer.num_special_tokens_to_add()
+        module = EchoPooling(width, fixed)
+    elif recipe.encoding == "exact":
+        tokenizer.chat_template = chat_template(tokenizer, recipe.templates[0])
+        fixed = len(_rendered_ids(tokenizer, ""))
+        module = Pooling(width, pooling or "lasttoken")
+    else:
+        before, after = pieces[0]
+        put_around(tokenizer, [lead + before, after])
+        fixed = tokenizer.num_special_tokens_to_add()
+        module = Pooling(width, pooling or "lasttoken")
+    backbone.processor = tokenizer
+    limit = backbone.max_seq_length
+    if limit is not None and limit < fixed + (2 if isinstance(recipe, Echo) else 1):
+        raise PromptError(
+            f"max_seq_length must leave room for the text beside the {fixed} tokens of the prompt, "
+            f"got {limit}; raise it or shorten the template"
+        )
+    return module
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text alone, without special tokens around it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts in front of a text by itself, e.g. that of BOS.
+
+    What it puts at the end is left out: the last token of a prompt is the embedding.
+    """
+    encoded = tokenizer("word", return_special_tokens_mask=True)
+    mask = [*encoded["special_tokens_mask"], 0]
+    return list(encoded["input_ids"][: mask.index(0)])
+
+
+def frozen(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerFast:
+    """A copy that any stack makes from its `tokenizer.json` alone, and that all make alike.
+
+    Tokenizer classes of a model family differ between versions of transformers, and put a
+    post-processor of their own in the place of the template.
+
+    Raises:
+        PromptError: If it is no tokenizer of the tokenizers library.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if tokenizer is None or not isinstance(backend, Tokenizer):
+        raise PromptError(
+            f"a prompt recipe needs a tokenizer that tokenizer.json can hold, got "
+            f"{type(tokenizer).__name__}"
+        )
+    present = {name: getattr(tokenizer, name) for name in _SPECIAL_TOKENS}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_backend_json(tokenizer)),
+        **{name: token for name, token in present.items() if token is not None},
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        truncation_side="right",
+        model_input_names=list(tokenizer.model_input_names),
+        chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def put_around(tokenizer: PreTrainedTokenizerFast, fixed_ids: Sequence[list[int]]) -> None:
+    """Makes the tokenizer put fixed ids around and between its text, by its post-processor.
+
+    Truncation cuts the text and nothing else. Type ids are 1 from the second text on.
+
+    Args:
+        tokenizer: Changed in place.
+        fixed_ids: Ids before, between and after the text: one list more than texts.
+    """
+    sequence: list[str] = []
+    special_tokens = []
+    for i, ids in enumerate(fixed_ids):
+        if ids:
+            name = f"prompt{i}"
+            tokens = tokenizer.convert_ids_to_tokens(ids)
+            special_tokens.append({"id": name, "ids": ids, "tokens": tokens})
+            sequence.append(f"{name}:{int(i > 1)}")
+        if i < len(fixed_ids) - 1:
+            sequence.append(f"$A:{i}")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=sequence,
+        pair=[*sequence, *(piece.replace("$A", "$B") for piece in sequence)],
+        special_tokens=special_tokens,
+    )
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """A chat template that renders a text inside the template as one string.
+
+    A task prompt of sentence-transformers, which arrives as the system message, goes to the front
+    of the text. The ids are those of the tokenizer for the whole string, but for a closing special
+    token, which the prompt replaces; this is tried out.
+
+    Raises:
+        PromptError: If no chat template gives these ids.
+    """
+    lead = leading_ids(tokenizer)
+    start = "".join(tokenizer.convert_ids_to_tokens(lead))
+    before, after = template.split(SLOT)
+    wanted = [lead + token_ids(tokenizer, before + probe + after) for probe in _PROBES]
+    # Behind a special token, some tokenizers only add the space of a word's start if it is there.
+    for gap in ("", " "):
+        jinja = (
+            f"{{{{ {_literal(start + gap * bool(lead) + before)} }}}}"
+            "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+            f"{{{{ {_literal(after)} }}}}"
+        )
+        if wanted == [_rendered_ids(tokenizer, probe, jinja) for probe in _PROBES]:
+            return jinja
+    raise PromptError(
+        "no chat template gives this tokenizer's ids of the whole prompt; use "
+        "prompt_encoding='portable'"
+    )
+
+
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Writes the tokenizer of a prompt recipe over the tokenizer files of its source.
+
+    Args:
+        folder: Holds the files of the source already.
+        tokenizer: The live one, after `apply_recipe`.
+    """
+    for path in folder.iterdir():
+        if _SOURCE_FILES.fullmatch(path.name):
+            path.unlink()
+    document = json.loads(_backend_json(tokenizer))
+    (folder / TOKENIZER_FILE).write_text(
+        json.dumps(document, indent=2, ensure_ascii=False), encoding="utf-8"
+    )
+    path = folder / TOKENIZER_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for key in _REBUILDING_KEYS:
+        config.pop(key, None)
+    config["tokenizer_class"] = _TOKENIZER_CLASS
+    config["model_input_names"] = list(tokenizer.model_input_names)
+    if isinstance(tokenizer.chat_template, str):
+        config["chat_template"] = tokenizer.chat_template
+    for name in _SPECIAL_TOKENS:  # which a class of a model family may only know by itself
+        token, stored = getattr(tokenizer, name), config.get(name)
+        content = stored.get("content") if isinstance(stored, dict) else stored
+        if token is not None and token != content:
+            config[name] = token
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def _backend_json(tokenizer: PreTrainedTokenizerBase) -> str:
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Left over from the last batch.
+    document["truncation"] = document["padding"] = None
+    return json.dumps(document, ensure_ascii=False)
+
+
+def _rendered_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, jinja: str | None = None
+) -> list[int]:
+    message = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(message, chat_template=jinja, tokenize=False)
+    return token_ids(tokenizer, str(rendered))
+
+
+def _literal(text: str) -> str:
+    """A Jinja string literal."""
+    return json.dumps(text, ensure_ascii=False)
