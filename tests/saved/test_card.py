@@ -32,7 +32,7 @@ from st_embfilter.saved.folder import portable_files
 from st_embfilter.spectrum.whitening import Calibration
 from tests.conftest import DEMO_LM, MakeLM, same
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 BASE = """---
 license: other

@@ -143,7 +143,7 @@ def test_a_full_disk_leaves_the_old_state(
 def test_processes_that_save_to_one_folder_do_not_mix(tmp_path: Path) -> None:
     target = tmp_path / "model"
     code = (
-        "import sys; from pathlib import Path; from tests.test_folders import save\n"
+        "import sys; from pathlib import Path; from tests.files.test_staging import save\n"
         "for _ in range(60): save(Path(sys.argv[1]), sys.argv[2])"
     )
     save(target, "start")

@@ -18,8 +18,8 @@ from st_embfilter.saved.card import check_card
 from st_embfilter.saved.folder import portable_files
 from tests.conftest import DEMO_LM
 
-GOLDEN = Path(__file__).parent / "golden" / "portable"
-ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parents[1] / "golden" / "portable"
+ROOT = Path(__file__).parents[2]
 
 Mutation = Callable[[Path], None]
 
