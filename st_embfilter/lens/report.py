@@ -221,7 +221,6 @@ def open_model(
                 "one with code of its own needs trust_remote_code (--trust-remote-code)"
             ) from error
     unembedding = open_unembedding(name, **common)
-    keep = 0.5 if keep is None else keep
     if band == "optimal":
         if counts is None:
             raise BandError(
@@ -229,7 +228,7 @@ def open_model(
             )
         spectrum, _ = _fit(unembedding, show_progress_bar)
         shifts = spectroscopy_of_counts(unembedding, spectrum, counts).shifts
-        band = optimal_band(shifts["frequent"], keep)
+        band = optimal_band(shifts["frequent"], 0.5 if keep is None else keep)
     model = from_causal_lm(
         name,
         prompt=prompt,

@@ -82,7 +82,7 @@ def from_causal_lm(
     prompt: str | Recipe | None = None,
     prompt_encoding: Encoding | None = None,
     pooling: str | None = None,
-    keep: float | int = 0.5,
+    keep: float | int | None = None,
     band: str | Band = "bulk",
     normalize: bool = False,
     calibrate: str | Sequence[str] | None = None,
@@ -108,7 +108,8 @@ def from_causal_lm(
         prompt_encoding: "portable" or "exact", see `PromptEOL`; None for the recipe's own.
         pooling: "mean", "lasttoken" or another mode of `Pooling`; None for the recipe's own (mean
             for plain text).
-        keep: Ratio of directions kept in (0, 1], or their number as an int.
+        keep: Ratio of directions kept in (0, 1], or their number as an int; None for 0.5, or for
+            the keep of a `Band`.
         band: Which ones, see `Band`; "bulk" is the paper's.
         normalize: Scale embeddings to unit length after the filter.
         calibrate: None for the paper's method; "self" to centre and whiten with texts that the
@@ -216,7 +217,7 @@ def _check_plain(files: ModelFiles) -> None:
 def build_filter(
     name_or_path: str | os.PathLike[str],
     *,
-    keep: float | int = 0.5,
+    keep: float | int | None = None,
     band: str | Band = "bulk",
     precision: Precision | None = None,
     device: torch.device | str = "cpu",
@@ -230,7 +231,8 @@ def build_filter(
 
     Args:
         name_or_path: Folder or Hub id of a causal language model or a PEFT adapter; or a GGUF file.
-        keep: Ratio of directions kept in (0, 1], or their number as an int.
+        keep: Ratio of directions kept in (0, 1], or their number as an int; None for 0.5, or for
+            the keep of a `Band`.
         band: Which ones, see `Band`.
         precision: Arithmetic of the Gram matrix, see `Unembedding.fit`.
         device: Where the Gram matrix is computed.
@@ -256,13 +258,14 @@ def build_filter(
 
 
 def filter_from_weight(
-    weight: Tensor, *, keep: float | int = 0.5, band: str | Band = "bulk"
+    weight: Tensor, *, keep: float | int | None = None, band: str | Band = "bulk"
 ) -> EmbedFilterLayer:
     """The filter of an unembedding matrix in memory, in float64 arithmetic.
 
     Args:
         weight: W_U, (V, d), any floating dtype; not centred, all rows.
-        keep: Ratio of directions kept in (0, 1], or their number as an int.
+        keep: Ratio of directions kept in (0, 1], or their number as an int; None for 0.5, or for
+            the keep of a `Band`.
         band: Which ones, see `Band`.
     """
     return _fit_filter(
@@ -273,7 +276,7 @@ def filter_from_weight(
 def add_filter(
     model: SentenceTransformer,
     *,
-    keep: float | int = 0.5,
+    keep: float | int | None = None,
     band: str | Band = "bulk",
     unembedding: UnembeddingSource | None = None,
     trust_remote_code: bool = False,
@@ -283,7 +286,8 @@ def add_filter(
 
     Args:
         model: Changed in place.
-        keep: Ratio of directions kept in (0, 1], or their number as an int.
+        keep: Ratio of directions kept in (0, 1], or their number as an int; None for 0.5, or for
+            the keep of a `Band`.
         band: Which ones, see `Band`.
         unembedding: Where W_U comes from; None for the checkpoint of the model's backbone, or the
             live input embedding where that is gone and the two are tied.

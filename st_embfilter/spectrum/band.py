@@ -80,20 +80,25 @@ class Band:
             object.__setattr__(self, "order", _checked_order(self.order))
 
     @classmethod
-    def parse(cls, band: str | Band, keep: float | int = 0.5) -> Band:
+    def parse(cls, band: str | Band, keep: float | int | None = None) -> Band:
         """A band from its name, e.g. "bulk", "offset:128" or "random:7".
 
         Args:
             band: The name, or a `Band`, which is returned as it is.
-            keep: As in the class; a `Band` brings its own.
+            keep: Ratio or width as in the class; None for 0.5, or for what the `Band` brings.
+
+        Raises:
+            BandError: For an unknown name, or a `keep` that contradicts the `Band`'s.
         """
         if isinstance(band, Band):
-            if keep not in (0.5, band.keep):
+            given = band.keep if keep is None else _checked_keep(keep)
+            if (type(given), given) != (type(band.keep), band.keep):  # 1 is not 1.0
                 raise BandError(
                     f"a Band brings its own keep ({band.keep!r}), got keep={keep!r} beside it; "
                     "give one of them"
                 )
             return band
+        keep = 0.5 if keep is None else keep
         family, colon, value = band.partition(":")
         if not colon:
             return cls(family, keep)

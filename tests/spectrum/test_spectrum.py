@@ -260,9 +260,13 @@ def test_unknown_bands(text: str) -> None:
 
 def test_a_band_object_brings_its_keep() -> None:
     band = Band("bulk", 0.25)
-    assert Band.parse(band) is band
+    assert Band.parse(band) is Band.parse(band, 0.25) is band
+    assert Band.parse("bulk") == Band("bulk", 0.5)
+    for other in (0.125, 0.5):
+        with pytest.raises(BandError, match="brings its own keep"):
+            Band.parse(band, other)
     with pytest.raises(BandError, match="brings its own keep"):
-        Band.parse(band, 0.125)
+        Band.parse(Band("bulk", 1.0), 1)  # everything, or one direction
 
 
 def test_parameters_of_other_families_are_refused() -> None:
