@@ -1,4 +1,4 @@
-"""`st-embfilter eval`."""
+"""`st-embfilter eval`: options to data, a sweep or a search, rows to files and tables."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from st_embfilter.cli.app import Quiet, app, escape, out, parse_keep, quiet_libraries
+from st_embfilter.cli.app import Quiet, app, out, parse_keep, quiet_libraries
+from st_embfilter.cli.tables import print_results, print_search
 
 if TYPE_CHECKING:
     from st_embfilter.evaluation.baselines import Configuration
@@ -23,15 +23,21 @@ if TYPE_CHECKING:
     from st_embfilter.evaluation.tasks import Splittable, Task
     from st_embfilter.saved.results import Result
 
-_DATA = "Data"
-_WHAT = "What is measured"
-_SEARCH = "Window search"
-
 Files = list[Path] | None
 
 
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "st-embfilter"
+def _panel(title: str) -> Any:
+    """A maker of options that the help shows in a panel of this title."""
+
+    def option(*names: str, help: str, **more: Any) -> Any:  # noqa: A002
+        return typer.Option(*names, help=help, rich_help_panel=title, **more)
+
+    return option
+
+
+_data = _panel("Data")
+_what = _panel("What is measured")
+_choice = _panel("Window search")
 
 
 @app.command("eval")
@@ -40,84 +46,38 @@ def evaluate(
         str, typer.Argument(help="Causal language model (folder or Hub id) or filtered folder.")
     ],
     task: Annotated[
-        list[str] | None,
-        typer.Option("--task", "-t", help="MTEB task by name; repeatable.", rich_help_panel=_DATA),
+        list[str] | None, _data("--task", "-t", help="MTEB task by name; repeatable.")
     ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="embedfilter-paper (49 tasks) or quick (7).", rich_help_panel=_DATA),
-    ] = None,
-    sts: Annotated[
-        Files,
-        typer.Option(
-            help="CSV/TSV: sentence1, sentence2, score; repeatable.", rich_help_panel=_DATA
-        ),
-    ] = None,
-    retrieval: Annotated[
-        Files, typer.Option(help="BEIR folder; repeatable.", rich_help_panel=_DATA)
-    ] = None,
+    preset: Annotated[str | None, _data(help="embedfilter-paper (49 tasks) or quick (7).")] = None,
+    sts: Annotated[Files, _data(help="CSV/TSV: sentence1, sentence2, score; repeatable.")] = None,
+    retrieval: Annotated[Files, _data(help="BEIR folder; repeatable.")] = None,
     classification: Annotated[
-        Files,
-        typer.Option(
-            help="Folder with train.csv and test.csv: text, label; repeatable.",
-            rich_help_panel=_DATA,
-        ),
+        Files, _data(help="Folder with train.csv and test.csv: text, label; repeatable.")
     ] = None,
     clustering: Annotated[
-        Files,
-        typer.Option(
-            help="CSV/TSV: text, label; or a .txt beside labels.txt; repeatable.",
-            rich_help_panel=_DATA,
-        ),
+        Files, _data(help="CSV/TSV: text, label; or a .txt beside labels.txt; repeatable.")
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Ratio or number of dimensions; repeatable. (default: 1/2 1/4 1/8)",
-            rich_help_panel=_WHAT,
-        ),
+        _what(help="Ratio or number of dimensions; repeatable. (default: 1/2 1/4 1/8)"),
     ] = None,
-    band: Annotated[
-        list[str] | None,
-        typer.Option(help="Band; repeatable. (default: bulk)", rich_help_panel=_WHAT),
-    ] = None,
-    baselines: Annotated[
-        bool,
-        typer.Option(help="Compare with truncation, PCA, ...", rich_help_panel=_WHAT),
-    ] = True,
+    band: Annotated[list[str] | None, _what(help="Band; repeatable. (default: bulk)")] = None,
+    baselines: Annotated[bool, _what(help="Compare with truncation, PCA, ...")] = True,
     fit_texts: Annotated[
         Path | None,
-        typer.Option(
-            help="Texts, one a line, for the baselines that need data. (default: the task's own)",
-            rich_help_panel=_WHAT,
+        _what(
+            help="Texts, one a line, for the baselines that need data. (default: the task's own)"
         ),
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Prompt recipe.", rich_help_panel=_WHAT)
-    ] = None,
-    pooling: Annotated[
-        str | None, typer.Option(help="mean, lasttoken, ...", rich_help_panel=_WHAT)
-    ] = None,
-    normalize: Annotated[
-        bool, typer.Option("--normalize", help="Unit length everywhere.", rich_help_panel=_WHAT)
-    ] = False,
-    max_seq_length: Annotated[
-        int, typer.Option(help="Longest text in tokens.", min=1, rich_help_panel=_WHAT)
-    ] = 512,
+    prompt: Annotated[str | None, _what(help="Prompt recipe.")] = None,
+    pooling: Annotated[str | None, _what(help="mean, lasttoken, ...")] = None,
+    normalize: Annotated[bool, _what("--normalize", help="Unit length everywhere.")] = False,
+    max_seq_length: Annotated[int, _what(help="Longest text in tokens.", min=1)] = 512,
     search: Annotated[
-        bool,
-        typer.Option(
-            "--search",
-            help="Choose a window on --dev, judge it on the data above.",
-            rich_help_panel=_SEARCH,
-        ),
+        bool, _choice("--search", help="Choose a window on --dev, judge it on the data above.")
     ] = False,
     dev: Annotated[
-        Files,
-        typer.Option(
-            help="STS pairs that choose. (default: half of each local task's data)",
-            rich_help_panel=_SEARCH,
-        ),
+        Files, _choice(help="STS pairs that choose. (default: half of each local task's data)")
     ] = None,
     output: Annotated[
         Path | None,
@@ -140,32 +100,18 @@ def evaluate(
     keeps = [parse_keep(text) for text in keep or ()]
     quiet_libraries(model, quiet)
     logging.getLogger("mteb").setLevel(logging.ERROR)
-    from st_embfilter.evaluation.data import read_texts
-    from st_embfilter.evaluation.sweep import raw_model, sweep
-    from st_embfilter.evaluation.tasks import (
-        ClassificationTask,
-        ClusteringTask,
-        RetrievalTask,
-        STSTask,
-    )
-    from st_embfilter.model.metadata import METADATA_FILE
-    from st_embfilter.saved.results import RESULTS_FILE, write_results
-
     # Every file is read before the model: a typing error must not cost minutes.
-    local: list[Splittable] = [STSTask.read(file) for file in sts or ()]
-    local += [RetrievalTask.read(folder) for folder in retrieval or ()]
-    local += [ClassificationTask.read(folder) for folder in classification or ()]
-    local += [ClusteringTask.read(file) for file in clustering or ()]
-    chooses: list[Task] = [STSTask.read(file) for file in dev or ()]
-    sample = None if fit_texts is None else read_texts(fit_texts)
+    data = Data.read(sts, retrieval, classification, clustering, dev=dev, fit_texts=fit_texts)
     names = [*(task or ()), *((preset,) if preset else ())]
-    if not local and not names:
+    if not data.local and not names:
         raise typer.BadParameter(
             "give data to measure on: --task or --preset (MTEB, downloads), --sts, --retrieval, "
             "--classification or --clustering (files)"
         )
     if dev and not search:
         raise typer.BadParameter("--dev belongs to --search")
+    from st_embfilter.evaluation.sweep import raw_model, sweep
+
     raw = raw_model(
         model,
         prompt=prompt,
@@ -175,86 +121,89 @@ def evaluate(
         device=device,
         show_progress_bar=not quiet,
     )
-    configurations = _configurations(raw, band, keeps, baselines)
-    tasks: list[Task] = [*local, *_mteb_tasks(raw, names)]
-    place = None if no_cache else cache or _default_cache()
-    command = shlex.join(["st-embfilter", *sys.argv[1:]])
-    if output is None and not search and (Path(model) / METADATA_FILE).is_file():
-        output = Path(model) / RESULTS_FILE
-    if search:
-        rows = _search(raw, local, tasks, chooses, model, place, batch_size, figure, quiet)
-        rows = [replace(row, command=command) for row in rows]
-        if output is not None:
-            write_results(rows, output)
+    if output is None and not search:
+        output = _results_of(model)
+    tasks = [*data.local, *_mteb_tasks(raw, names)]
+    how: dict[str, Any] = {
+        "cache": None if no_cache else cache or _default_cache(),
+        "batch_size": batch_size,
+        "show_progress_bar": not quiet,
+    }
+    found = _search(raw, data, tasks, how) if search else None
+    rows = save(
+        sweep(raw, tasks, configurations(raw, band, keeps, baselines), fit_texts=data.sample, **how)
+        if found is None
+        else [*found.scan, *found.held_out],
+        output,
+    )
+    if found is None:
+        print_results(rows)
     else:
-        rows = []
-        try:
-            for row in sweep(
-                raw,
-                tasks,
-                configurations,
-                fit_texts=sample,
-                cache=place,
-                batch_size=batch_size,
-                show_progress_bar=not quiet,
-            ):
-                rows.append(replace(row, command=command))
-        except BaseException:
-            # Older results stay as they are, and what was measured is not lost.
-            if output is not None and rows:
-                write_results(rows, output.with_name(f"{output.stem}.partial{output.suffix}"))
-            raise
-        if output is not None:
-            write_results(rows, output)
-        show(rows)
-        if figure is not None:
-            from st_embfilter.evaluation.figures import score_figure
-            from st_embfilter.lens.figures import save_figure
+        print_search(found, model)
+    if figure is not None:
+        from st_embfilter.evaluation.figures import score_figure, window_figure
+        from st_embfilter.lens.figures import save_figure
 
-            save_figure(score_figure(rows), figure)
+        save_figure(score_figure(rows) if found is None else window_figure(found.scan), figure)
     for file in filter(None, (output, figure)):
         out.print(f"Saved to {file}", highlight=False)
 
 
-def show(rows: Sequence[Result]) -> None:
-    """Prints one table for each task."""
-    for name, split in dict.fromkeys((row.task, row.split) for row in rows):
-        here = [row for row in rows if (row.task, row.split) == (name, split)]
-        first = here[0]
-        table = Table(
-            title=escape(f"{name} ({split}): {first.metric} x 100, {first.units:,} units"),
-            title_justify="left",
+@dataclass(frozen=True)
+class Data:
+    """What the user's files hold.
+
+    Attributes:
+        local: Tasks on the files.
+        chooses: Tasks that choose a window.
+        sample: Texts that data-driven baselines are fitted on, None for the tasks' own.
+    """
+
+    local: Sequence[Splittable]
+    chooses: Sequence[Task]
+    sample: Sequence[str] | None
+
+    @classmethod
+    def read(
+        cls,
+        sts: Files,
+        retrieval: Files,
+        classification: Files,
+        clustering: Files,
+        *,
+        dev: Files,
+        fit_texts: Path | None,
+    ) -> Data:
+        """Reads files and folders as the options of the same names describe them.
+
+        Raises:
+            DataError: If one of them is missing or malformed.
+        """
+        from st_embfilter.evaluation import tasks
+        from st_embfilter.evaluation.data import read_texts
+
+        local: list[Splittable] = [tasks.STSTask.read(file) for file in sts or ()]
+        local += [tasks.RetrievalTask.read(folder) for folder in retrieval or ()]
+        local += [tasks.ClassificationTask.read(folder) for folder in classification or ()]
+        local += [tasks.ClusteringTask.read(file) for file in clustering or ()]
+        return cls(
+            local,
+            [tasks.STSTask.read(file) for file in dev or ()],
+            None if fit_texts is None else read_texts(fit_texts),
         )
-        table.add_column("")
-        for column in ("dims", "score", "to raw", f"{first.level:.0%} interval"):
-            table.add_column(column, justify="right")
-        table.add_column("")
-        for row in here:
-            spread = "" if row.std is None else f" ±{100 * row.std:.1f}"
-            table.add_row(
-                f"{row.configuration}{' *' if row.needs_data else ''}",
-                str(row.dims),
-                f"{100 * row.score:.2f}{spread}",
-                "" if row is first else f"{100 * row.delta:+.2f}",
-                ""
-                if row is first or row.delta_low is None or row.delta_high is None
-                else f"{100 * row.delta_low:+.2f} to {100 * row.delta_high:+.2f}",
-                "" if row is first else row.verdict,
-            )
-        out.print(table)
-    legend = "+ above raw, - below raw, = the interval holds zero, ? no interval"
-    if any(row.needs_data for row in rows):
-        fitted = next(row.fitted_on for row in rows if row.needs_data)
-        legend += f"; * needs data, fitted on {fitted}"
-    if any(row.std is not None for row in rows):
-        legend += "; ± standard deviation over seeds"
-    out.print(legend, highlight=False)
 
 
-def _configurations(
+def configurations(
     raw: RawModel, band: list[str] | None, keeps: list[float | int], baselines: bool
 ) -> list[Configuration]:
-    """What was asked for; by default what a saved model is, or the filter at the paper's ratios."""
+    """What was asked for; by default what a saved model is, or the filter at the paper's ratios.
+
+    Args:
+        raw: The unfiltered model.
+        band: Bands as text, None for the default.
+        keeps: Ratios or numbers of dimensions, empty for the default.
+        baselines: Whether everything else is measured too.
+    """
     from st_embfilter.evaluation.baselines import RATIOS, baseline_names, grid
 
     filters, widths = band or ["bulk"], keeps or list(RATIOS)
@@ -265,6 +214,40 @@ def _configurations(
         widths = keeps or [max(1, metadata.k // ratio) for ratio in (1, 2, 4)]
     compared = [name for name in baseline_names() if baselines and name not in filters]
     return grid([*filters, *compared], widths)
+
+
+def save(rows: Iterable[Result], output: Path | None) -> list[Result]:
+    """Rows as they come, with the command line that gave them, and the file of all of them.
+
+    An interruption leaves older results as they are and keeps what was measured in a file beside
+    them, NAME.partial.jsonl.
+    """
+    from st_embfilter.saved.results import write_results
+
+    command = shlex.join(["st-embfilter", *sys.argv[1:]])
+    kept: list[Result] = []
+    try:
+        for row in rows:
+            kept.append(replace(row, command=command))
+    except BaseException:
+        if output is not None and kept:
+            write_results(kept, output.with_name(f"{output.stem}.partial{output.suffix}"))
+        raise
+    if output is not None:
+        write_results(kept, output)
+    return kept
+
+
+def _search(raw: RawModel, data: Data, tasks: Sequence[Task], how: dict[str, Any]) -> WindowSearch:
+    from st_embfilter.evaluation.search import search_window
+
+    chooses = data.chooses
+    if not chooses:
+        if len(data.local) < len(tasks):
+            raise typer.BadParameter("a search on MTEB tasks needs --dev, data that choose")
+        halves = [task.halves() for task in data.local]
+        chooses, tasks = [first for first, _ in halves], [second for _, second in halves]
+    return search_window(raw, chooses, tasks, **how)
 
 
 def _mteb_tasks(raw: RawModel, names: Sequence[str]) -> Sequence[Task]:
@@ -279,37 +262,13 @@ def _mteb_tasks(raw: RawModel, names: Sequence[str]) -> Sequence[Task]:
     return mteb_tasks(raw.model, names)
 
 
-def _search(
-    raw: RawModel,
-    local: Sequence[Splittable],
-    tasks: Sequence[Task],
-    chooses: Sequence[Task],
-    model: str,
-    cache: Path | None,
-    batch_size: int,
-    figure: Path | None,
-    quiet: bool,
-) -> list[Result]:
-    from st_embfilter.evaluation.search import search_window
+def _results_of(model: str) -> Path | None:
+    """The results file of a filtered model's folder."""
+    from st_embfilter.model.metadata import METADATA_FILE
+    from st_embfilter.saved.results import RESULTS_FILE
 
-    if not chooses:
-        if len(local) < len(tasks):
-            raise typer.BadParameter("a search on MTEB tasks needs --dev, data that choose")
-        halves = [task.halves() for task in local]
-        chooses, tasks = [first for first, _ in halves], [second for _, second in halves]
-    found: WindowSearch = search_window(
-        raw, chooses, tasks, cache=cache, batch_size=batch_size, show_progress_bar=not quiet
-    )
-    show(found.held_out)
-    out.print(f"\n{found.warning}", highlight=False)
-    out.print(
-        f"Build it: st-embfilter build {model} --band {found.band} --keep {found.band.keep} "
-        "--output FOLDER",
-        highlight=False,
-    )
-    if figure is not None:
-        from st_embfilter.evaluation.figures import window_figure
-        from st_embfilter.lens.figures import save_figure
+    return Path(model, RESULTS_FILE) if Path(model, METADATA_FILE).is_file() else None
 
-        save_figure(window_figure(found.scan), figure)
-    return [*found.scan, *found.held_out]
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "st-embfilter"

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,20 @@ def test_eval_of_a_filtered_folder_leaves_results_for_its_card(place: Path) -> N
         ("bulk", 8),
         ("bulk", 4),
     ]
+
+
+def test_an_interrupted_eval_keeps_older_results_and_what_was_measured(tmp_path: Path) -> None:
+    from st_embfilter.cli.evaluate import save
+
+    def interrupted() -> Iterator[Row]:
+        yield row("new", "raw", 64, 0.3)
+        raise KeyboardInterrupt
+
+    older = save([row("old", "raw", 64, 0.3)], tmp_path / "rows.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        save(interrupted(), tmp_path / "rows.jsonl")
+    assert read_results(tmp_path / "rows.jsonl") == older
+    assert [r.task for r in read_results(tmp_path / "rows.partial.jsonl")] == ["new"]
 
 
 def test_eval_search(place: Path, tmp_path: Path) -> None:
