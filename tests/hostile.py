@@ -347,6 +347,17 @@ def meta(*path: str, value: object) -> Change:
     return document("embfilter.json", put(*path, value=value))
 
 
+def twice_in(name: str, key: str) -> Change:
+    """Writes a key of a JSON file once more, with another value."""
+
+    def change(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert f'"{key}":' in text
+        (folder / name).write_text(text.replace(f'"{key}":', f'"{key}": null, "{key}":', 1))
+
+    return change
+
+
 def drop(*path: str) -> Change:
     def edit(at: Any) -> None:
         for key in path[:-1]:
@@ -578,7 +589,7 @@ FILTERS = [
     saved("no metadata", remove("embfilter.json"), "must hold embfilter.json"),
     saved("metadata is no JSON", write("embfilter.json", "{"), "must be JSON"),
     saved("metadata nested deeply", write("embfilter.json", DEEP), "must be JSON"),
-    saved("metadata is a list", write("embfilter.json", "[]"), "must be an object"),
+    saved("metadata is a list", write("embfilter.json", "[]"), "must be a JSON object"),
     saved("metadata is empty", write("embfilter.json", ""), "must be JSON"),
     saved("metadata not in UTF-8", write("embfilter.json", b"\xff{}"), "must be"),
     saved("a newer format", meta("format_version", value=2), "newer st-embfilter"),
@@ -600,7 +611,11 @@ FILTERS = [
     saved("a hash that is none", meta("unembedding", "sha256", value="../../x"), "sha256"),
     saved("tied is a string", meta("unembedding", "tied", value="no"), "tied must be"),
     saved("unknown band", meta("filter", "band", value="best"), "band must be one of"),
-    saved("keep is NaN", meta("filter", "keep", value=float("nan")), "keep must be"),
+    saved(
+        "keep is NaN",
+        meta("filter", "keep", value=float("nan")),
+        "must be JSON, got the constant NaN",
+    ),
     saved("keep is 0", meta("filter", "keep", value=0), "keep must be"),
     saved("keep is a list", meta("filter", "keep", value=[1]), "keep must be"),
     saved("keep is too wide", meta("filter", "keep", value=10**9), "keep must be"),
@@ -616,6 +631,14 @@ FILTERS = [
     saved("versions are a list", meta("versions", value=[]), "versions must be"),
     saved("empty calibration", meta("calibration", value={}), "must be"),
     saved("calibration is a list", meta("calibration", value=[]), "calibration must be"),
+    # JSON that readers take differently.
+    saved("metadata says keep twice", twice_in("embfilter.json", "keep"), "'keep' twice"),
+    saved("metadata says format twice", twice_in("embfilter.json", "format_version"), "twice"),
+    saved("half a surrogate pair", meta("base_model", "id", value="a\ud800"), "surrogate"),
+    saved("infinite strength", meta("filter", "seed", value=float("inf")), "Infinity"),
+    saved("modules say type twice", twice_in("modules.json", "type"), "twice", how="load"),
+    saved("modules nested deeply", write("modules.json", DEEP), "levels", how="load"),
+    saved("Dense says bias twice", twice_in("2_Dense/config.json", "bias"), "twice", how="load"),
     # The projection.
     saved("no projection", remove(PROJECTION), "weights of"),
     saved("projection is empty", write(PROJECTION, b""), "must be a safetensors file"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from st_embfilter.errors import DataError
+from st_embfilter.text import read_json
 
 TEXT_COLUMNS: Final = ("text",)
 LABEL_COLUMNS: Final = ("label", "category")
@@ -278,12 +278,8 @@ def _pick(path: Path, line: int, row: list[str], columns: Sequence[int]) -> list
 
 
 def _json(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, line {number}: must be a JSON object, got {error}") from error
-    _check(path, number, isinstance(record, dict), f"must be a JSON object, got {line[:60]!r}")
-    return dict(record)
+    record: dict[str, Any] = read_json(line, f"{path}, line {number}:", DataError)
+    return record
 
 
 def _enough(path: Path, items: list[_T], least: int, what: str) -> list[_T]:

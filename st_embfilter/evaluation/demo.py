@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from itertools import combinations
@@ -26,6 +25,7 @@ from st_embfilter.lens.tokens import logit_lens
 from st_embfilter.model.backbone import load_backbone
 from st_embfilter.model.build import from_causal_lm, load_filter, open_unembedding
 from st_embfilter.saved.folder import save_pretrained
+from st_embfilter.text import read_json
 
 #: A checkout's own examples; an installed wheel does not carry them.
 EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
@@ -205,14 +205,9 @@ def _nearest_tokens(
 
 
 def _record(file: str | os.PathLike[str], number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise FormatError(f"{file}, line {number}: must be a JSON object, got {error}") from error
+    record: dict[str, Any] = read_json(line, f"{file}, line {number}:", FormatError)
     keys = {"topic": str, "paraphrases": list, "distractors": list}
-    if not isinstance(record, dict) or any(
-        not isinstance(record.get(key), kind) for key, kind in keys.items()
-    ):
+    if any(not isinstance(record.get(key), kind) for key, kind in keys.items()):
         raise FormatError(
             f"{file}, line {number}: must be an object with topic (text), paraphrases and "
             f"distractors (lists), got {line[:60]!r}"

@@ -6,13 +6,11 @@ One mechanism for every form and place: `ModelFiles` finds files, a `Checkpoint`
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
 import struct
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from st_embfilter.errors import LinkError, UnembeddingError
+from st_embfilter.text import read_json
 
 SAFETENSORS_DTYPES: Final[dict[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -380,7 +379,7 @@ def header_length(prefix: bytes | bytearray, file_size: int, file: str) -> int:
 
 def parse_header(data: bytes | bytearray, file: str) -> dict[str, object]:
     """The JSON header of a safetensors file, without its `__metadata__`."""
-    header = _json_object(data, f"the header of {file}")
+    header: dict[str, object] = read_json(data, f"the header of {file}", UnembeddingError)
     header.pop("__metadata__", None)
     return header
 
@@ -447,7 +446,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 def parse_index(data: bytes, file: str) -> dict[str, str]:
     """The checked `weight_map` of an index file: file names only, no paths out of the folder."""
-    files = _json_object(data, file).get("weight_map")
+    files = read_json(data, file, UnembeddingError).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise UnembeddingError(
             f"{file} must hold a non-empty object 'weight_map', got {files!r:.80}"
@@ -478,26 +477,6 @@ def _matrix_shape(name: str, shape: Iterable[int]) -> tuple[int, int]:
             f"{shape}"
         )
     return shape
-
-
-def _json_object(data: bytes | bytearray, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise UnembeddingError(f"{what} must be JSON, got {error}") from error
-    if not isinstance(value, dict):
-        raise UnembeddingError(f"{what} must be a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    # JSON allows a name twice, and every reader picks another one.
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        doubled = counts.most_common(1)[0][0]
-        raise ValueError(f"the name {doubled!r:.80} twice")
-    return found
 
 
 def _is_ints(value: object) -> TypeGuard[list[int]]:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from st_embfilter.errors import CorpusError, FormatError, ProvenanceError, ShapeError
+from st_embfilter.text import read_json, shown
 
 #: Pseudo-count of every token, so that unseen ones have a finite log probability.
 SMOOTHING: Final = 1.0
@@ -285,12 +286,9 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _json_lines(path: Path, column: str) -> Iterator[Any]:
     for number, line in enumerate(_lines(path), 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise CorpusError(f"{path}, line {number}: must be JSON, got {error}") from error
-        if not isinstance(record, dict) or column not in record:
-            known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        record = read_json(line, f"{path}, line {number}:", CorpusError)
+        if column not in record:
+            known = shown(", ".join(record))
             raise CorpusError(f"{path}, line {number}: must have {column!r}, got {known}")
         yield record[column]
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import base64
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,10 +32,10 @@ from st_embfilter.model.layer import FEATURE, EmbedFilterLayer, filter_of
 from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import Spectrum
+from st_embfilter.text import first_line, template
 from st_embfilter.unembedding.source import Progress, Unembedding
 
 if TYPE_CHECKING:
-    from jinja2 import Template
     from matplotlib.figure import Figure
 
 #: Nearest tokens of which the share of frequent ones is measured, as in the paper.
@@ -217,7 +215,7 @@ def open_model(
             raise
         except (ValueError, OSError) as error:
             raise LensError(
-                f"a filtered model must load with sentence-transformers, got {_first_line(error)}; "
+                f"a filtered model must load with sentence-transformers, got {first_line(error)}; "
                 "one with code of its own needs trust_remote_code (--trust-remote-code)"
             ) from error
     unembedding = open_unembedding(name, **common)
@@ -367,7 +365,7 @@ def render_html(report: LensReport) -> str:
         name: "data:image/svg+xml;base64," + base64.b64encode(plots.render(figure)).decode()
         for name, figure in _study_figures(report).items()
     }
-    return _template("lens.html.jinja").render(report=report, figures=figures, share_of=SHARE_OF)
+    return template("lens.html.jinja").render(report=report, figures=figures, share_of=SHARE_OF)
 
 
 def draw(report: LensReport, folder: str | os.PathLike[str]) -> None:
@@ -389,7 +387,7 @@ def draw(report: LensReport, folder: str | os.PathLike[str]) -> None:
 
 def card_section(report: LensReport) -> str:
     """A section for the model card, in Markdown."""
-    return _template("lens.md.jinja").render(report=report, share_of=SHARE_OF)
+    return template("lens.md.jinja").render(report=report, share_of=SHARE_OF)
 
 
 def _study_figures(report: LensReport) -> dict[str, Figure]:
@@ -407,10 +405,6 @@ def _filter(model: SentenceTransformer) -> EmbedFilterLayer:
     if found is None:
         raise LensError("the lens compares without and with a filter, got a model without one")
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _filtered(layer: EmbedFilterLayer, hidden: Tensor) -> Tensor:
@@ -457,33 +451,3 @@ def _bar(unembedding: Unembedding, show: bool) -> Iterator[Progress]:
         disable=None if show else True,
     ) as bar:
         yield lambda done, total: bar.update(done - bar.n)
-
-
-@cache
-def _template(name: str) -> Template:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("st_embfilter", "templates"),
-        autoescape=name.endswith(".html.jinja"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["code"] = _code
-    environment.filters["literal"] = _literal
-    return environment.get_template(name)
-
-
-def _literal(text: str) -> str:
-    """Text on one line that Markdown takes as it is."""
-    return re.sub(r"([\\`*_\[\]<>|$&~])", r"\\\1", " ".join(text.split()))
-
-
-def _code(text: str) -> str:
-    """Text as a Markdown code span that fits into a cell of a table."""
-    line = " ".join(text.split()).replace("|", "\\|")
-    fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
-    padding = " " if line.startswith("`") or line.endswith("`") else ""
-    return f"{fence}{padding}{line}{padding}{fence}"

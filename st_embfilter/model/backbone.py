@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from st_embfilter.errors import BackboneError, UnembeddingError
 from st_embfilter.files.tensors import check_inside
+from st_embfilter.text import first_line, read_json
 
 #: What `SentenceTransformer` calls on a plain text backbone. Given explicitly, because it would
 #: otherwise wrap every text in the chat template of a tokenizer that has one.
@@ -94,10 +95,9 @@ def load_backbone(
             module_output_name="token_embeddings",
         )
     except Exception as error:  # files of strangers fail in many ways, all mean the same
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BackboneError(
             "EmbedFilter needs a text backbone that sentence-transformers can load with AutoModel "
-            f"and AutoProcessor, got {name_or_path}: {reason[0]:.300}"
+            f"and AutoProcessor, got {name_or_path}: {first_line(error)}"
         ) from error
     merge_adapter(backbone.auto_model)
     tokenizer = backbone.tokenizer
@@ -274,7 +274,7 @@ def tokenizer_patch(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bytes |
         The new content, or None if the stored file already pads as the live tokenizer does.
     """
     path = folder / TOKENIZER_CONFIG
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path.read_bytes(), path.name, BackboneError) if path.is_file() else {}
     pad = config.get("pad_token")
     stored_pad = pad.get("content") if isinstance(pad, dict) else pad
     side = config.get("padding_side", "right")

@@ -59,6 +59,7 @@ from st_embfilter.spectrum.whitening import (
     moments,
     texts_hash,
 )
+from st_embfilter.text import first_line
 from st_embfilter.unembedding.source import (
     Progress,
     Unembedding,
@@ -449,9 +450,8 @@ def load(
     except EmbedFilterError:
         raise
     except Exception as error:  # files of strangers fail in many ways, all mean the same
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BackboneError(
-            f"a saved model must load with sentence-transformers, got {name}: {reason[0]:.300}"
+            f"a saved model must load with sentence-transformers, got {name}: {first_line(error)}"
         ) from error
     if filter_of(model) is not None:
         return model

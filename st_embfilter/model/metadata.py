@@ -18,6 +18,7 @@ from st_embfilter.errors import BandError, FormatError, PromptError
 from st_embfilter.model.prompts import recipe_from_dict
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.whitening import Calibration
+from st_embfilter.text import read_json
 from st_embfilter.unembedding.source import Provenance
 
 METADATA_FILE: Final = "embfilter.json"
@@ -97,13 +98,13 @@ class FilterMetadata:
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> FilterMetadata:
+    def from_json(cls, text: str | bytes) -> FilterMetadata:
         """Reads `embfilter.json`.
 
         Raises:
             FormatError: If it is no JSON, of a newer format version, or contradicts itself.
         """
-        document = _object(_parse(text), "the document")
+        document = read_json(text, METADATA_FILE, FormatError)
         found = document.get("format_version")
         if type(found) is not int or not 1 <= found <= FORMAT_VERSION:
             raise FormatError(
@@ -191,14 +192,6 @@ def _prompt(data: dict[str, Any]) -> dict[str, Any]:
         return recipe_from_dict(data).to_dict()
     except PromptError as error:
         raise FormatError(f"{METADATA_FILE}: prompt: {error}") from error
-
-
-def _parse(text: str) -> object:
-    try:
-        value: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{METADATA_FILE} must be JSON, got {error}") from error
-    return value
 
 
 def _object(value: object, what: str) -> dict[str, Any]:

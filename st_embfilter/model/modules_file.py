@@ -6,12 +6,12 @@ Tanh, and a malformed file ends in a traceback.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Final
+from typing import Final
 
 from st_embfilter.errors import FormatError, PlacementError
+from st_embfilter.text import read_json
 
 MODULES_FILE: Final = "modules.json"
 
@@ -45,7 +45,7 @@ def parse_modules(data: bytes) -> list[SavedModule]:
     Raises:
         FormatError: If it is no list of modules, or a path leads out of the folder.
     """
-    entries = _parse(data, MODULES_FILE, list)
+    entries = read_json(data, MODULES_FILE, FormatError, list)
     if not entries:
         raise FormatError(f"{MODULES_FILE} must list modules, got none")
     modules = []
@@ -100,7 +100,7 @@ def check_dense_config(data: bytes, *, d: int, k: int, bias: bool) -> None:
     Raises:
         FormatError: Names the key. A missing activation is read as Tanh by sentence-transformers.
     """
-    config = _parse(data, "2_Dense/config.json", dict)
+    config = read_json(data, "2_Dense/config.json", FormatError)
     expected = {
         "in_features": d,
         "out_features": k,
@@ -113,16 +113,3 @@ def check_dense_config(data: bytes, *, d: int, k: int, bias: bool) -> None:
             raise FormatError(
                 f"2_Dense/config.json: {key} must be {value!r} for this filter, got {found!r:.80}"
             )
-
-
-def _parse(data: bytes, name: str, kind: type) -> Any:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{name} must be JSON, got {error}") from error
-    if not isinstance(value, kind):
-        raise FormatError(
-            f"{name} must be a JSON {'list' if kind is list else 'object'}, got "
-            f"{type(value).__name__}"
-        )
-    return value

@@ -17,6 +17,7 @@ from st_embfilter.model.backbone import TEXT_ONLY, TOKENIZER_CONFIG
 from st_embfilter.model.echo_pooling import EchoPooling, EchoTransformer
 from st_embfilter.model.meta_eol import MetaEOLTransformer
 from st_embfilter.model.prompts import SLOT, Echo, MetaEOL, PromptEOL, Recipe
+from st_embfilter.text import read_json
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 
@@ -226,7 +227,7 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         json.dumps(document, indent=2, ensure_ascii=False), encoding="utf-8"
     )
     path = folder / TOKENIZER_CONFIG
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path.read_bytes(), path.name, PromptError) if path.is_file() else {}
     for key in _REBUILDING_KEYS:
         config.pop(key, None)
     config["tokenizer_class"] = _TOKENIZER_CLASS

@@ -7,15 +7,13 @@ over a folder.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -25,9 +23,7 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump  # type: ignore[at
 from st_embfilter.errors import FormatError
 from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.spectrum.whitening import DEFAULT_STRENGTH, Calibration
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from st_embfilter.text import code, read_json, template
 
 Form = Literal["portable", "plugin", "package"]
 
@@ -205,11 +201,11 @@ def facts_of_files(
             f"a filtered model must hold {METADATA_FILE}, got {len(files)} files without it; build "
             "one with `st-embfilter build`"
         )
-    metadata = FilterMetadata.from_json(files[min(found, key=len)].decode())
+    metadata = FilterMetadata.from_json(files[min(found, key=len)])
     source, band = metadata.provenance, metadata.band
     types = _modules(files)
     pooling = next((pair for pair in types.items() if pair[0].endswith("Pooling")), None)
-    length = _read_json(files, "sentence_bert_config.json", dict).get("max_seq_length")
+    length = _content(files, "sentence_bert_config.json", dict).get("max_seq_length")
     return CardFacts(
         base_model=source.model_id,
         d=metadata.d,
@@ -246,7 +242,7 @@ def render(facts: CardFacts, *, repo_id: str | None = None) -> str:
         Markdown with YAML metadata in front; ends in one newline.
     """
     measured = [result for result in facts.results if result.source is None]
-    body = _template().render(
+    body = template("card.md.jinja").render(
         facts=facts,
         name=facts.name,
         where=repo_id or f"path/to/{facts.name}",
@@ -287,7 +283,7 @@ def inherited(card: str | None) -> dict[str, Any]:
     kept = {key: data[key] for key in INHERITED if isinstance(data.get(key), str | list)}
     languages = kept.pop("language", [])
     languages = [languages] if isinstance(languages, str) else languages
-    languages = [code for code in languages if isinstance(code, str) and _LANGUAGE.fullmatch(code)]
+    languages = [tag for tag in languages if isinstance(tag, str) and _LANGUAGE.fullmatch(tag)]
     return {**kept, **({"language": languages} if languages else {})}
 
 
@@ -320,12 +316,7 @@ def read_results(text: str, where: str = RESULTS_FILE) -> tuple[Score, ...]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise FormatError(f"{where} line {number}: must be JSON, got {error}") from error
-        if not isinstance(row, dict):
-            raise FormatError(f"{where} line {number}: must be an object, got {row!r}")
+        row = read_json(line, f"{where} line {number}:", FormatError)
         results.append(Score.parse(row, f"{where} line {number}"))
     return tuple(results)
 
@@ -389,22 +380,6 @@ def base_card(
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError):  # absent, offline, private, no Hub id, no UTF-8
         return None
-
-
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("st_embfilter", "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,  # noqa: S701 - Markdown, not HTML
-    )
-    environment.filters["code"] = _code
-    environment.filters["fence"] = _fence
-    return environment.get_template("card.md.jinja")
 
 
 def _metadata(facts: CardFacts) -> dict[str, Any]:
@@ -486,7 +461,7 @@ def _notes(columns: Sequence[tuple[str, str, str, str]]) -> Iterator[str]:
         kinds.setdefault((task, split, metric), []).append(dataset)
     for (task, split, metric), datasets in kinds.items():
         names = "all columns" if len(kinds) == 1 < len(datasets) else ", ".join(datasets)
-        yield f"{names}: {task}, {split}, {_code(metric)}"
+        yield f"{names}: {task}, {split}, {code(metric)}"
 
 
 def _cell(result: Score | None) -> str:
@@ -513,7 +488,7 @@ def _link(facts: CardFacts) -> str:
     if facts.base_model is None:
         return "a language model"
     if not facts.on_hub:
-        return _code(facts.base_model)
+        return code(facts.base_model)
     return f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
 
 
@@ -590,7 +565,7 @@ def _form(types: Iterable[str]) -> Form:
 def _pooling_mode(files: Mapping[str, bytes], kind: str, folder: str) -> str:
     if not kind.startswith(_PLAIN):
         return kind.rpartition(".")[2]
-    config = _read_json(files, f"{folder}/config.json", dict)
+    config = _content(files, f"{folder}/config.json", dict)
     modes = [name for key, name in _POOLING_NAMES.items() if config.get(key) is True]
     mode = config.get("pooling_mode")
     return "+".join(modes) or (mode if isinstance(mode, str) else "mean")
@@ -613,7 +588,7 @@ def _small_files(folder: Path) -> dict[str, bytes]:
 
 def _modules(files: Mapping[str, bytes]) -> dict[str, str]:
     """Folders of the modules by their types, in order."""
-    modules = _read_json(files, MODULES_FILE, list)
+    modules = _content(files, MODULES_FILE, list)
     for module in modules:
         if not isinstance(module, dict) or not all(
             isinstance(module.get(key), str) for key in ("type", "path")
@@ -622,16 +597,10 @@ def _modules(files: Mapping[str, bytes]) -> dict[str, str]:
     return {module["type"]: module["path"] for module in modules}
 
 
-def _read_json(files: Mapping[str, bytes], name: str, kind: type) -> Any:
+def _content(files: Mapping[str, bytes], name: str, kind: type) -> Any:
     if name not in files:
         return kind()
-    try:
-        value = json.loads(files[name])
-    except ValueError as error:
-        raise FormatError(f"{name} must be JSON, got {error}") from error
-    if not isinstance(value, kind):
-        raise FormatError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
-    return value
+    return read_json(files[name], name, FormatError, kind)
 
 
 def _is_hub_id(model_id: str | None, revision: str | None) -> bool:
@@ -673,9 +642,9 @@ def _problems(text: str) -> Iterator[str]:
     if missing:
         yield f"tags without {', '.join(missing)}"
     languages = data.get("language", [])
-    for code in [languages] if not isinstance(languages, list) else languages:
-        if not isinstance(code, str) or not _LANGUAGE.fullmatch(code):
-            yield f"language {code!r}, which is no ISO 639 code"
+    for tag in [languages] if not isinstance(languages, list) else languages:
+        if not isinstance(tag, str) or not _LANGUAGE.fullmatch(tag):
+            yield f"language {tag!r}, which is no ISO 639 code"
     licence = data.get("license")
     if licence is not None and not isinstance(licence, str | list):
         yield f"license {licence!r}, which is no identifier"
@@ -688,20 +657,6 @@ def _problems(text: str) -> Iterator[str]:
         yield f"base_model_relation {data.get('base_model_relation')!r}"
     if _TOKEN.search(text):
         yield "a Hub token in its text"
-
-
-def _code(text: object) -> str:
-    """Inline code, whatever backticks are in it."""
-    text = str(text)
-    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    space = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{ticks}{space}{text}{space}{ticks}"
-
-
-def _fence(text: object) -> str:
-    """A block of code, whatever backticks are in it."""
-    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", str(text))), default=0))
-    return f"{ticks}text\n{text}\n{ticks}"
 
 
 def _bytes(number: int) -> str:

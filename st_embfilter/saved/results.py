@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from st_embfilter.errors import DataError
+from st_embfilter.text import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,9 +130,9 @@ def read_results(file: str | os.PathLike[str]) -> list[Result]:
         raise DataError(f"the results must be readable, got {error}") from error
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = read_json(line, f"{path}, line {number}:", DataError)
             rows.append(Result(**{key: record[key] for key in record if key in names}))
-        except (ValueError, TypeError) as error:
+        except TypeError as error:
             raise DataError(f"{path}, line {number}: must be a result row, got {error}") from error
     return rows
 

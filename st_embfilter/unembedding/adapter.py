@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from torch import Tensor
 from st_embfilter.errors import HubError, UnembeddingError
 from st_embfilter.files.hub import model_files
 from st_embfilter.files.tensors import ModelFiles, StoredTensor
+from st_embfilter.text import read_json
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 _SAFETENSORS: Final = "adapter_model.safetensors"
@@ -46,13 +46,8 @@ class Adapter:
         path = files.path(ADAPTER_CONFIG)
         if path is None:
             return None
-        try:
-            config = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise UnembeddingError(f"{path} must be JSON, got {error}") from error
-        if not isinstance(config, dict) or not isinstance(
-            config.get("base_model_name_or_path"), str
-        ):
+        config = read_json(path.read_bytes(), str(path), UnembeddingError, infinity=True)
+        if not isinstance(config.get("base_model_name_or_path"), str):
             raise UnembeddingError(
                 f"{path} must name its base model in base_model_name_or_path, got {config!r:.80}"
             )

@@ -168,7 +168,7 @@ def test_demo_scores_of_perfect_and_of_useless_embeddings() -> None:
     ("content", "message"),
     [
         ("", "got an empty file"),
-        ("{not json}", "line 1: must be a JSON object"),
+        ("{not json}", "line 1: must be JSON"),
         ('{"topic": "x", "paraphrases": ["a", "b"]}', "line 1: must be an object with topic"),
         (
             '{"topic": "x", "paraphrases": ["a"], "distractors": ["b"]}',

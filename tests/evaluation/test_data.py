@@ -103,7 +103,7 @@ def test_beir_folder(tmp_path: Path) -> None:
         ("corpus__jsonl", "", "corpus.jsonl must hold at least one text, got an empty file"),
         ("corpus__jsonl", '{"_id": "d1"}\n', "corpus.jsonl, line 1: must be an object with _id"),
         ("corpus__jsonl", '{"_id": "d1", "text": "x"}\n[]', "corpus.jsonl, line 2: must be a JSON"),
-        ("queries__jsonl", "{", "queries.jsonl, line 1: must be a JSON object"),
+        ("queries__jsonl", "{", "queries.jsonl, line 1: must be JSON"),
         (
             "queries__jsonl",
             '{"_id": "q1", "text": "x"}\n{"_id": "q1", "text": "y"}\n',

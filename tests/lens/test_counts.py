@@ -151,7 +151,7 @@ def test_columns_of_lists(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe\xff", None, "must be UTF-8 text"),
         ("a.jsonl", b"{}\n", None, "needs the name of a column, got none"),
         ("a.jsonl", b'{"b": 1}\n', "a", "line 1: must have 'a', got b"),
-        ("a.jsonl", b"3\n", "a", "line 1: must have 'a', got int"),
+        ("a.jsonl", b"3\n", "a", "line 1: must be a JSON object, got 3"),
         ("a.jsonl", b"{\n", "a", "line 1: must be JSON"),
         ("a.jsonl", b'{"a": 1}\n', "a", "must hold texts, got int"),
         ("a.csv", b"a\n1\n", None, "needs the name of a column"),

@@ -339,12 +339,12 @@ ROW = {
     ("line", "message"),
     [
         ("{", "results.jsonl line 2: must be JSON"),
-        ("[]", "results.jsonl line 2: must be an object"),
+        ("[]", "results.jsonl line 2: must be a JSON object"),
         (json.dumps({**ROW, "dims": "8"}), "line 2: a result needs a valid 'dims', got '8'"),
         (json.dumps({**ROW, "dims": True}), "line 2: a result needs a valid 'dims', got True"),
         (json.dumps({**ROW, "delta": "x"}), "line 2: a result needs a valid 'delta', got 'x'"),
         (json.dumps({**ROW, "score": 54.6}), "a score must be in [-1, 1], got 54.6"),
-        (json.dumps({**ROW, "score": float("nan")}), "a score must be in [-1, 1], got nan"),
+        (json.dumps({**ROW, "score": float("nan")}), "must be JSON, got the constant NaN"),
         (json.dumps(dict(list(ROW.items())[1:])), "a result needs a valid 'task', got None"),
     ],
 )
