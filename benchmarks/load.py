@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import st_embfilter
 from st_embfilter.model.backbone import load_backbone
+from st_embfilter.unembedding.source import Source
 
 DEMO_LM = Path(__file__).resolve().parents[1] / "examples" / "openstax-lm"
 
@@ -44,7 +45,7 @@ def folders(place: Path, small: bool) -> tuple[Path, Path]:
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(place / "lm")
     AutoTokenizer.from_pretrained(DEMO_LM).save_pretrained(place / "lm")
-    backbone = load_backbone(str(place / "lm"))
+    backbone = load_backbone(Source(str(place / "lm")))
     raw = SentenceTransformer(
         modules=[backbone, Pooling(backbone.get_embedding_dimension())], device="cpu"
     )

@@ -53,7 +53,7 @@ def measure(folder: Path) -> dict[str, float]:
     """Runs the spectroscopy in this process."""
     from st_embfilter.lens.counts import TokenCounts
     from st_embfilter.lens.spectroscopy import spectroscopy_of_counts
-    from st_embfilter.model.build import open_unembedding
+    from st_embfilter.unembedding.source import open_unembedding
 
     imported = peak_mib()
     start = time.perf_counter()

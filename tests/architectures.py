@@ -37,7 +37,7 @@ from transformers.models.auto import modeling_auto
 
 import st_embfilter
 from st_embfilter.errors import UnembeddingError
-from st_embfilter.unembedding.source import unembedding_of_folder
+from st_embfilter.unembedding.source import open_unembedding
 
 TEXTS: Final = ["the cup of tea is in the light", "a glacier", "sugar rates , sugar tea ."]
 
@@ -302,7 +302,7 @@ def exercise(model_type: str, folder: Path) -> Outcome:
     refusal = ""
     save_tiny(model, folder / "lm")
     try:
-        found = unembedding_of_folder(folder / "lm")
+        found = open_unembedding(folder / "lm")
     except UnembeddingError as error:
         if (
             model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -313,7 +313,7 @@ def exercise(model_type: str, folder: Path) -> Outcome:
         model = tiny_model(tiny_config(model_type), masked_lm=True)
         save_tiny(model, folder / "masked")
     source = folder / ("masked" if refusal else "lm")
-    found = unembedding_of_folder(source, masked_lm=bool(refusal))
+    found = open_unembedding(source, masked_lm=bool(refusal))
     weight = torch.cat(list(found.blocks()))
     head = model.get_output_embeddings()
     check(torch.equal(weight, head.weight), "W_U is the live head")

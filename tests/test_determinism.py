@@ -20,7 +20,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 import st_embfilter
-from st_embfilter.model.build import open_unembedding
+from st_embfilter.unembedding.source import open_unembedding
 from st_embfilter.spectrum.band import Band
 
 demo, large, output, threads = sys.argv[1:]

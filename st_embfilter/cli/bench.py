@@ -14,7 +14,7 @@ from st_embfilter.cli.app import Quiet, app, out, quiet_libraries
 @app.command()
 def bench(
     model: Annotated[
-        str, typer.Argument(help="Folder of a filtered model, or a causal language model.")
+        str, typer.Argument(help="Folder or Hub id of a filtered model or a causal LM.")
     ],
     retrieval: Annotated[
         Path | None, typer.Option(help="BEIR folder; quality is then measured too.")
@@ -37,14 +37,16 @@ def bench(
         Collection.of_texts(texts) if texts is not None else Collection.of_beir(str(retrieval))
     )
     from st_embfilter.model.build import from_causal_lm, load
-    from st_embfilter.model.metadata import METADATA_FILE
+    from st_embfilter.model.find import find_filter
+    from st_embfilter.unembedding.source import Source
 
-    if (Path(model) / METADATA_FILE).is_file():
-        loaded = load(model, device=device)
+    source = Source(model)
+    if find_filter(source) is not None:
+        loaded = load(source, device=device)
     else:
         # All directions in nested order: the full width is the raw model turned, and every prefix
         # is the paper's window.
-        loaded = from_causal_lm(model, keep=1.0, device=device, show_progress_bar=not quiet)
+        loaded = from_causal_lm(source, keep=1.0, device=device, show_progress_bar=not quiet)
     rows = storage_table(
         loaded.encode_document(
             collection.documents, batch_size=batch_size, show_progress_bar=not quiet

@@ -43,7 +43,7 @@ _choice = _panel("Window search")
 @app.command("eval")
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="Causal language model (folder or Hub id) or filtered folder.")
+        str, typer.Argument(help="Folder or Hub id of a causal language model or a filtered model.")
     ],
     task: Annotated[
         list[str] | None, _data("--task", "-t", help="MTEB task by name; repeatable.")
@@ -111,6 +111,7 @@ def evaluate(
     if dev and not search:
         raise typer.BadParameter("--dev belongs to --search")
     from st_embfilter.evaluation.sweep import raw_model, sweep
+    from st_embfilter.saved.results import RESULTS_FILE
 
     raw = raw_model(
         model,
@@ -121,8 +122,8 @@ def evaluate(
         device=device,
         show_progress_bar=not quiet,
     )
-    if output is None and not search:
-        output = _results_of(model)
+    if output is None and not search and raw.layer is not None and Path(model).is_dir():
+        output = Path(model, RESULTS_FILE)
     tasks = [*data.local, *_mteb_tasks(raw, names)]
     how: dict[str, Any] = {
         "cache": None if no_cache else cache or _default_cache(),
@@ -260,14 +261,6 @@ def _mteb_tasks(raw: RawModel, names: Sequence[str]) -> Sequence[Task]:
             "MTEB tasks need the extra: pip install 'st-embfilter[eval]'"
         ) from error
     return mteb_tasks(raw.model, names)
-
-
-def _results_of(model: str) -> Path | None:
-    """The results file of a filtered model's folder."""
-    from st_embfilter.model.metadata import METADATA_FILE
-    from st_embfilter.saved.results import RESULTS_FILE
-
-    return Path(model, RESULTS_FILE) if Path(model, METADATA_FILE).is_file() else None
 
 
 def _default_cache() -> Path:

@@ -84,22 +84,22 @@ def lens(
     from st_embfilter.evaluation.demo import SHOWN_TEXTS
     from st_embfilter.lens.counts import Sampler
     from st_embfilter.lens.report import load_tokenizer, look, open_model, study
+    from st_embfilter.unembedding.source import Source
 
+    source = Source(model, revision, trust_remote_code=trust_remote_code)
     files = (corpus, counts, report, figures, section)
     measure = not texts or band == "optimal" or any(file is not None for file in files)
     sampler = Sampler(_corpus(corpus, column, split) if measure else (), sample)
     counted = None
     if measure:
-        tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(source)
         counted = _counts(counts, sampler, tokenizer, show=not quiet)
     opened, unembedding = open_model(
-        model,
+        source,
         keep=width,
         band=band,
         prompt=prompt,
         counts=counted,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
         show_progress_bar=not quiet,
     )
     found = look(

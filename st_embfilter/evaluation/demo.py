@@ -23,9 +23,10 @@ from st_embfilter.evaluation.metrics import (
 )
 from st_embfilter.lens.tokens import logit_lens
 from st_embfilter.model.backbone import load_backbone
-from st_embfilter.model.build import from_causal_lm, load_filter, open_unembedding
+from st_embfilter.model.build import from_causal_lm, load_filter
 from st_embfilter.saved.folder import save_pretrained
 from st_embfilter.text import read_json
+from st_embfilter.unembedding.source import Source
 
 #: A checkout's own examples; an installed wheel does not carry them.
 EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
@@ -181,7 +182,7 @@ def run_demo(
 def _plain(model: str | os.PathLike[str]) -> SentenceTransformer:
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    backbone = load_backbone(os.fspath(model))
+    backbone = load_backbone(Source.of(model))
     pooling = Pooling(backbone.get_embedding_dimension(), "mean")
     return SentenceTransformer(modules=[backbone, pooling], device="cpu")
 
@@ -196,7 +197,7 @@ def _nearest_tokens(
 ) -> list[DemoText]:
     hidden = torch.from_numpy(raw.encode(list(SHOWN_TEXTS), show_progress_bar=False))
     projection = load_filter(folder).projection
-    unembedding = open_unembedding(model)
+    unembedding = Source.of(model).unembedding()
     before = logit_lens(hidden, unembedding, top_k=5).tokens(raw.tokenizer)
     after = logit_lens(hidden @ projection.T, unembedding, projection, top_k=5).tokens(
         raw.tokenizer

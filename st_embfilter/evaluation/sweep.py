@@ -20,11 +20,12 @@ from st_embfilter.evaluation.bootstrap import Floats, Outcome, interval, replica
 from st_embfilter.evaluation.tasks import Releasable, Task
 from st_embfilter.evaluation.vectors import Vectors, VectorStore
 from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH
-from st_embfilter.model.build import from_causal_lm, load, open_unembedding
+from st_embfilter.model.build import from_causal_lm, load
+from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import EmbedFilterLayer, filter_of
-from st_embfilter.model.metadata import METADATA_FILE
 from st_embfilter.saved.results import Result
 from st_embfilter.spectrum.gram import Spectrum
+from st_embfilter.unembedding.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class RawModel:
         name: Folder name or Hub id.
         prompt: Prompt recipe, None for plain text.
         normalize: Whether its embeddings are to have unit length.
-        layer: The filter that was taken off, of a filtered model's folder.
+        layer: The filter that was taken off a filtered model.
     """
 
     model: SentenceTransformer
@@ -72,38 +73,45 @@ def raw_model(
     max_seq_length: int | None = DEFAULT_MAX_SEQ_LENGTH,
     device: str | None = None,
     dtype: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
     trust_remote_code: bool = False,
     show_progress_bar: bool = True,
 ) -> RawModel:
-    """The unfiltered form of a causal language model, or of a filtered model's folder.
+    """The unfiltered form of a causal language model or of a filtered model.
 
     Args:
-        name_or_path: Folder or Hub id of a causal language model, or the folder of a filtered
-            model, which brings its own recipe, pooling, normalisation and length.
+        name_or_path: Folder or Hub id of a causal language model; or of a filtered model, which
+            brings its own recipe, pooling, normalisation and length.
         prompt: Prompt recipe, as in `from_causal_lm`.
         pooling: Pooling mode, as in `from_causal_lm`.
         normalize: Embeddings of unit length.
         max_seq_length: Longest text in tokens; None for the model's own limit.
         device: Where the model runs; None for the best at hand.
-        dtype: Of the backbone, as in transformers.
+        dtype: Dtype of the backbone, as in transformers.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
         trust_remote_code: Allow model code of the checkpoint to run.
         show_progress_bar: Show a bar while the unembedding matrix is read.
 
     Raises:
         DataError: If a filtered model is given a prompt or a pooling.
     """
-    name = os.fspath(name_or_path)
-    is_filtered = (Path(name) / METADATA_FILE).is_file()
-    if is_filtered:
+    source = Source.of(
+        name_or_path, revision=revision, token=token, trust_remote_code=trust_remote_code
+    )
+    name = source.name
+    found = find_filter(source)
+    if found is not None:
         if (prompt, pooling) != (None, None):
             raise DataError(
                 "a filtered model has a prompt and a pooling of its own, got prompt or pooling for "
                 f"{name}; give the language model that it was made from"
             )
-        model = load(name, device=device, trust_remote_code=trust_remote_code)
+        model = load(source, device=device)
     else:
         model = from_causal_lm(
-            name,
+            source,
             prompt=prompt,
             pooling=pooling,
             keep=1.0,
@@ -111,22 +119,20 @@ def raw_model(
             max_seq_length=max_seq_length,
             device=device,
             dtype=dtype,
-            trust_remote_code=trust_remote_code,
             show_progress_bar=show_progress_bar,
         )
     layer = filter_of(model)
     recipe = None if layer is None else layer.metadata.prompt
     unit = any(isinstance(module, Normalize) for module in model.children())
     # Every band of a sweep must be exact, so the sums are float64.
-    unembedding = open_unembedding(name, trust_remote_code=trust_remote_code)
-    spectrum, _ = unembedding.fit(precision="float64")
+    spectrum, _ = source.unembedding().fit(precision="float64")
     return RawModel(
         without_filter(model),
         spectrum,
-        Path(name).resolve().name if Path(name).is_dir() else name,
+        Path(name).resolve().name if source.is_folder else name,
         prompt or (None if recipe is None else str(recipe["recipe"])),
         unit,
-        layer if is_filtered else None,
+        None if found is None else layer,
     )
 
 

@@ -198,17 +198,24 @@ class HubFiles(ModelFiles):
         """
         if file not in self._opened:
             revision = self._commit or self._revision
-            cached = try_to_load_from_cache(
-                self.name, file, cache_dir=self._cache, revision=revision
-            )
-            if isinstance(cached, str):
-                self._opened[file] = LocalSafetensors(Path(cached))
+
+            def cached() -> LocalSafetensors | None:
+                found = try_to_load_from_cache(
+                    self.name, file, cache_dir=self._cache, revision=revision
+                )
+                return LocalSafetensors(Path(found)) if isinstance(found, str) else None
+
+            local = cached()
+            if local is not None:
+                self._opened[file] = local
             elif self._offline:
                 return None
             else:
                 url = hf_hub_url(self.name, file, revision=revision)
                 try:
-                    self._opened[file] = RemoteSafetensors(file, url, self._token, self._retrying)
+                    self._opened[file] = RemoteSafetensors(
+                        file, url, self._token, self._retrying, cached
+                    )
                 except _MissingError:
                     return None
         return self._opened[file]
@@ -244,9 +251,8 @@ class RemoteSafetensors(SafetensorsFile):
         url: That resolves to the file.
         token: Hub token; sent to the Hub alone, not to the storage that the Hub points to.
         retrying: Runs an action until it succeeds.
+        cached: The same file in the cache, once somebody has downloaded it; None before.
     """
-
-    remote = True
 
     def __init__(
         self,
@@ -254,13 +260,20 @@ class RemoteSafetensors(SafetensorsFile):
         url: str,
         token: str | bool | None,
         retrying: Callable[[Callable[[], Any]], Any],
+        cached: Callable[[], LocalSafetensors | None],
     ) -> None:
         self.name = name
         self._url = url
         self._token = token
         self._retrying = retrying
+        self._cached = cached
         self._etag: str | None = None
         retrying(self._look_up)
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is still read over the network."""
+        return self._cached() is None
 
     def read(self, start: int, length: int) -> bytearray:
         """Reads bytes [start, start + length).
@@ -268,6 +281,9 @@ class RemoteSafetensors(SafetensorsFile):
         Raises:
             HubError: If they cannot be read, or the file changes meanwhile.
         """
+        local = self._cached()
+        if local is not None:
+            return local.read(start, length)
         data = bytearray(length)
         with memoryview(data) as view:
             done = 0

@@ -57,14 +57,14 @@ class StoredTensor:
         shape: (rows, columns).
         dtype: The dtype in which it is stored; rows come in it.
         read_rows: Reads rows [start, stop) as a (stop - start, columns) tensor on the CPU.
-        remote: Whether every read goes over the network, so that reading twice is dear.
+        file: The file that rows are read from, of a safetensors checkpoint.
     """
 
     name: str
     shape: tuple[int, int]
     dtype: torch.dtype
     read_rows: Callable[[int, int], Tensor]
-    remote: bool = False
+    file: SafetensorsFile | None = None
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> StoredTensor:
@@ -72,6 +72,11 @@ class StoredTensor:
         rows, columns = _matrix_shape(name, tuple(tensor.shape))
         weight = tensor.detach()
         return cls(name, (rows, columns), weight.dtype, lambda a, b: weight[a:b].cpu())
+
+    @property
+    def remote(self) -> bool:
+        """Whether every read goes over the network, so that reading twice is dear."""
+        return self.file is not None and self.file.remote
 
     @property
     def nbytes(self) -> int:
@@ -102,12 +107,15 @@ class SafetensorsFile(ABC):
     Attributes:
         name: For errors.
         size: In bytes.
-        remote: Whether it is read over the network.
     """
 
     name: str
     size: int
-    remote: bool = False
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is read over the network."""
+        return False
 
     @abstractmethod
     def read(self, start: int, length: int) -> bytearray:
@@ -131,7 +139,7 @@ class SafetensorsFile(ABC):
             )
         entry = TensorEntry.parse(name, header[name], self.size - data_start)
         stored = entry.stored(lambda start, length: self.read(data_start + start, length))
-        return replace(stored, remote=self.remote)
+        return replace(stored, file=self)
 
 
 class LocalSafetensors(SafetensorsFile):

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Module
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -27,21 +26,21 @@ from st_embfilter.lens.anisotropy import Anisotropy, anisotropy
 from st_embfilter.lens.counts import SMOOTHING, TokenCounts
 from st_embfilter.lens.spectroscopy import Spectroscopy, optimal_band, spectroscopy_of_counts
 from st_embfilter.lens.tokens import logit_lens, pooled_embeddings, visible
-from st_embfilter.model.build import from_causal_lm, load, open_unembedding
+from st_embfilter.model.build import from_causal_lm, load
+from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import FEATURE, EmbedFilterLayer, filter_of
-from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
+from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import Spectrum
 from st_embfilter.text import first_line, template
-from st_embfilter.unembedding.source import Progress, Unembedding
+from st_embfilter.unembedding.matrix import Progress, Unembedding
+from st_embfilter.unembedding.source import Source
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: Nearest tokens of which the share of frequent ones is measured, as in the paper.
 SHARE_OF: Final = 10
-
-_FILTER_FOLDERS: Final = ("", "2_EmbedFilterLayer")
 
 
 @dataclass(frozen=True)
@@ -173,13 +172,14 @@ class LensReport:
 
 
 def open_model(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] | Source,
     *,
     keep: float | int | None = None,
     band: str | Band | None = None,
     prompt: str | None = None,
     counts: TokenCounts | None = None,
     revision: str | None = None,
+    token: str | bool | None = None,
     trust_remote_code: bool = False,
     device: str | None = None,
     show_progress_bar: bool = True,
@@ -193,6 +193,7 @@ def open_model(
         prompt: Likewise.
         counts: Token counts, for band "optimal".
         revision: Branch, tag or commit on the Hub.
+        token: Hub token.
         trust_remote_code: Allow code of the model to run.
         device: Where the model runs; None for the best at hand.
         show_progress_bar: Show bars.
@@ -201,16 +202,17 @@ def open_model(
         LensError: If a filtered model is asked to be built otherwise.
         EmbedFilterError: If the model cannot be loaded or built.
     """
-    name = os.fspath(name_or_path)
-    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if _is_filtered(name, revision):
+    source = Source.of(
+        name_or_path, revision=revision, token=token, trust_remote_code=trust_remote_code
+    )
+    if find_filter(source) is not None:
         if (keep, band, prompt) != (None, None, None):
             raise LensError(
                 "a filtered model has a band and a prompt of its own, got keep, band or prompt for "
-                f"{name}; give its language model to try others"
+                f"{source.name}; give its language model to try others"
             )
         try:
-            return load(name, device=device, **common), open_unembedding(name, **common)
+            return load(source, device=device), source.unembedding()
         except EmbedFilterError:
             raise
         except (ValueError, OSError) as error:
@@ -218,7 +220,7 @@ def open_model(
                 f"a filtered model must load with sentence-transformers, got {first_line(error)}; "
                 "one with code of its own needs trust_remote_code (--trust-remote-code)"
             ) from error
-    unembedding = open_unembedding(name, **common)
+    unembedding = source.unembedding()
     if band == "optimal":
         if counts is None:
             raise BandError(
@@ -228,21 +230,21 @@ def open_model(
         shifts = spectroscopy_of_counts(unembedding, spectrum, counts).shifts
         band = optimal_band(shifts["frequent"], 0.5 if keep is None else keep)
     model = from_causal_lm(
-        name,
+        source,
         prompt=prompt,
         keep=keep,
         band="bulk" if band is None else band,
         device=device,
         show_progress_bar=show_progress_bar,
-        **common,
     )
     return model, unembedding
 
 
 def load_tokenizer(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] | Source,
     *,
     revision: str | None = None,
+    token: str | bool | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, to count a corpus with before the model is opened.
@@ -251,13 +253,17 @@ def load_tokenizer(
         UnembeddingError: If there is no such model.
         LensError: If it has no tokenizer.
     """
-    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    open_unembedding(name_or_path, **common)
+    source = Source.of(
+        name_or_path, revision=revision, token=token, trust_remote_code=trust_remote_code
+    )
+    source.unembedding()
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, **common)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.name, **source.for_transformers()
+        )
     except (OSError, ValueError) as error:
         raise LensError(
-            f"the lens needs the model's tokenizer, got none in {name_or_path}; add its files"
+            f"the lens needs the model's tokenizer, got none in {source.name}; add its files"
         ) from error
     return tokenizer
 
@@ -412,13 +418,6 @@ def _filtered(layer: EmbedFilterLayer, hidden: Tensor) -> Tensor:
     moved = hidden.to(layer.projection.device)
     filtered: Tensor = layer({FEATURE: moved})[FEATURE]
     return filtered.cpu()
-
-
-def _is_filtered(name: str, revision: str | None) -> bool:
-    return any(
-        Module.load_file_path(name, METADATA_FILE, subfolder=folder, revision=revision) is not None
-        for folder in _FILTER_FOLDERS
-    )
 
 
 def _fit(unembedding: Unembedding, show_progress_bar: bool) -> tuple[Spectrum, str]:

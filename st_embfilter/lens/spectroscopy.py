@@ -18,7 +18,7 @@ from st_embfilter.errors import ShapeError
 from st_embfilter.lens.counts import SMOOTHING, TokenCounts
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import Spectrum
-from st_embfilter.unembedding.source import Unembedding
+from st_embfilter.unembedding.matrix import Unembedding
 
 
 @dataclass(frozen=True)

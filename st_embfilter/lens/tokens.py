@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from st_embfilter.errors import LensError, ShapeError
 from st_embfilter.model.backbone import backbone_model
 from st_embfilter.model.layer import EmbedFilterLayer
-from st_embfilter.unembedding.source import Unembedding
+from st_embfilter.unembedding.matrix import Unembedding
 
 
 @dataclass(frozen=True)

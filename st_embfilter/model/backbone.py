@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from st_embfilter.errors import BackboneError, UnembeddingError
 from st_embfilter.files.tensors import check_inside
 from st_embfilter.text import first_line, read_json
+from st_embfilter.unembedding.source import Source
 
 #: What `SentenceTransformer` calls on a plain text backbone. Given explicitly, because it would
 #: otherwise wrap every text in the chat template of a tokenizer that has one.
@@ -47,13 +48,10 @@ _BLOCK_VALUES: Final = 2**24
 
 
 def load_backbone(
-    name_or_path: str,
+    source: Source,
     *,
     max_seq_length: int | None = DEFAULT_MAX_SEQ_LENGTH,
     dtype: torch.dtype | str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    trust_remote_code: bool = False,
     module_class: type[Transformer] = Transformer,
     modality_config: dict[str, Any] = TEXT_ONLY,
 ) -> Transformer:
@@ -65,29 +63,26 @@ def load_backbone(
     adapter is merged.
 
     Args:
-        name_or_path: Folder or Hub id of a language model or of a PEFT adapter.
+        source: A language model or a PEFT adapter.
         max_seq_length: Longest text in tokens, capped by the model; None for the model's own limit.
         dtype: Of the backbone, as in transformers.
-        revision: Branch, tag or commit on the Hub.
-        token: Hub token.
-        trust_remote_code: Allow model code of the checkpoint to run.
         module_class: What to make of it.
         modality_config: What the module calls on the backbone.
 
     Raises:
         BackboneError: If sentence-transformers cannot load it as a text backbone.
     """
-    if name_or_path.endswith(".gguf"):
+    if source.name.endswith(".gguf"):
         raise BackboneError(
-            f"a backbone must be a transformers checkpoint, got {name_or_path}; load the model it "
+            f"a backbone must be a transformers checkpoint, got {source.name}; load the model it "
             "was made from and give the GGUF file to add_filter as unembedding="
         )
-    if os.path.isdir(name_or_path):
-        check_links(Path(name_or_path))
-    hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    if source.is_folder:
+        check_links(Path(source.name))
+    hub = source.for_transformers()
     try:
         backbone: Transformer = module_class(
-            name_or_path,
+            source.name,
             model_kwargs={**hub, **({} if dtype is None else {"dtype": dtype})},
             processor_kwargs=dict(hub),
             config_kwargs=dict(hub),
@@ -97,18 +92,18 @@ def load_backbone(
     except Exception as error:  # files of strangers fail in many ways, all mean the same
         raise BackboneError(
             "EmbedFilter needs a text backbone that sentence-transformers can load with AutoModel "
-            f"and AutoProcessor, got {name_or_path}: {first_line(error)}"
+            f"and AutoProcessor, got {source.name}: {first_line(error)}"
         ) from error
     merge_adapter(backbone.auto_model)
     tokenizer = backbone.tokenizer
     if tokenizer is None:
         raise BackboneError(
-            f"EmbedFilter needs a text tokenizer, got none in {name_or_path}; add tokenizer files"
+            f"EmbedFilter needs a text tokenizer, got none in {source.name}; add tokenizer files"
         )
     if not _makes_tokens(tokenizer):
         raise BackboneError(
             "EmbedFilter needs a tokenizer with a vocabulary, got one that makes no tokens in "
-            f"{name_or_path}; add the tokenizer files of the model"
+            f"{source.name}; add the tokenizer files of the model"
         )
     ensure_pad_token(tokenizer)
     tokenizer.padding_side = "right"

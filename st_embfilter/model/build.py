@@ -29,7 +29,6 @@ from st_embfilter.errors import (
     UnembeddingError,
 )
 from st_embfilter.files.hub import is_repo_id, model_files
-from st_embfilter.files.tensors import ModelFiles
 from st_embfilter.model.backbone import (
     DEFAULT_MAX_SEQ_LENGTH,
     backbone_model,
@@ -37,8 +36,9 @@ from st_embfilter.model.backbone import (
     measured_width,
     source_name,
 )
+from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import EmbedFilterLayer, check_placement, filter_of
-from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
+from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.modules_file import (
     MODULES_FILE,
     check_dense_config,
@@ -60,17 +60,8 @@ from st_embfilter.spectrum.whitening import (
     texts_hash,
 )
 from st_embfilter.text import first_line
-from st_embfilter.unembedding.source import (
-    Progress,
-    Unembedding,
-    unembedding_of_folder,
-    unembedding_of_hub,
-    unembedding_of_model,
-    unembedding_of_tensor,
-)
-
-#: Where an unembedding matrix may come from: a tensor (V, d), a causal LM, a folder or Hub id.
-UnembeddingSource = Tensor | nn.Module | str | os.PathLike[str] | Unembedding
+from st_embfilter.unembedding.matrix import Progress, Unembedding, unembedding_of_tensor
+from st_embfilter.unembedding.source import Source, UnembeddingSource, open_unembedding
 
 POOLING_MODES = Pooling.POOLING_MODES
 
@@ -78,7 +69,7 @@ _HUB_ARGUMENTS = ("token", "cache_folder", "revision", "local_files_only")
 
 
 def from_causal_lm(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] | Source,
     *,
     prompt: str | Recipe | None = None,
     prompt_encoding: Encoding | None = None,
@@ -133,7 +124,13 @@ def from_causal_lm(
     Raises:
         EmbedFilterError: If the model is no decoder LM, or an argument is out of range.
     """
-    name = os.fspath(name_or_path)
+    source = Source.of(
+        name_or_path,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+        masked_lm=masked_lm,
+    )
     recipe = parse_prompt(prompt, prompt_encoding)
     check_strength(calibration_strength)
     if isinstance(calibrate, str) and calibrate != "self":
@@ -142,24 +139,17 @@ def from_causal_lm(
         )
     if pooling is not None and pooling not in POOLING_MODES:
         raise PlacementError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
-    hub: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code}
     chosen = Band.parse(band, keep)
-    unembedding = open_unembedding(name, revision=revision, masked_lm=masked_lm, **hub)
+    _check_plain(source)
+    unembedding = source.unembedding()
     chosen.width(unembedding.d)  # a band that does not fit is an error before any download
-    if unembedding.model_id == name:
-        revision = unembedding.revision  # the commit, should the branch move meanwhile
-    _check_plain(model_files(name, revision=revision, token=token))
     backbone = load_backbone(
-        name,
+        source,
         max_seq_length=max_seq_length,
         dtype=dtype,
-        revision=revision,
         module_class=transformer_class(recipe),
         modality_config=modality_config(recipe),
-        **hub,
     )
-    if unembedding.stored.remote:  # its file is in the cache now
-        unembedding = open_unembedding(name, revision=revision, masked_lm=masked_lm, **hub)
     where = device if device is not None and device.startswith("cuda") else "cpu"
     layer = _fit_filter(unembedding, chosen, None, where, show_progress_bar)
     width = backbone.get_embedding_dimension()
@@ -180,14 +170,11 @@ def from_causal_lm(
         return model
     if calibrate == "self":
         texts = sample_texts(
-            name,
+            source,
             calibration_size,
             seed=calibration_seed,
             device=model.device,
             dtype=dtype,
-            revision=revision,
-            token=token,
-            trust_remote_code=trust_remote_code,
             show_progress_bar=show_progress_bar,
         )
     else:
@@ -201,22 +188,19 @@ def from_causal_lm(
     )
 
 
-def _check_plain(files: ModelFiles) -> None:
+def _check_plain(source: Source) -> None:
     """A model that was saved with a prompt puts every text into it, a second prompt as well."""
-    path = files.path(METADATA_FILE)
-    if path is None:
-        return
-    metadata = FilterMetadata.from_json(path.read_text(encoding="utf-8", errors="replace"))
-    if metadata.prompt is not None:
+    found = find_filter(source)
+    if found is not None and found.metadata.prompt is not None:
         raise PromptError(
             "a language model must read texts as they are, got a filtered model with a prompt in "
-            f"{files.name}; load it with st_embfilter.load, or build from "
-            f"{metadata.provenance.model_id or 'the model that it was made from'}"
+            f"{source.name}; load it with st_embfilter.load, or build from "
+            f"{found.metadata.provenance.model_id or 'the model that it was made from'}"
         )
 
 
 def build_filter(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] | Source,
     *,
     keep: float | int | None = None,
     band: str | Band = "bulk",
@@ -427,7 +411,7 @@ def stack_filter(
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Source,
     *,
     trust_remote_code: bool = False,
     **kwargs: Any,
@@ -435,7 +419,8 @@ def load(
     """Loads a saved filtered model with a live `EmbedFilterLayer`.
 
     Args:
-        path: Folder or Hub id of a portable folder, or of a model that `SentenceTransformer` saved.
+        path: Folder or Hub id of a portable folder, or of a model that `SentenceTransformer` saved;
+            or a `Source`, which has a revision, a token and a trust of its own.
         trust_remote_code: Needed for the latter form, as for any module outside
             sentence-transformers.
         **kwargs: Passed on to `SentenceTransformer`.
@@ -443,6 +428,10 @@ def load(
     Raises:
         FormatError: If the folder holds no filter, or its files contradict each other.
     """
+    if isinstance(path, Source):
+        trust_remote_code = path.trust_remote_code
+        kwargs = {**path.for_sentence_transformers(), **kwargs}
+        path = path.name
     name = os.fspath(path)
     layer = check_saved(name, trust_remote_code=trust_remote_code, **kwargs)
     try:
@@ -509,39 +498,6 @@ def load_filter(path: str | os.PathLike[str], **kwargs: Any) -> EmbedFilterLayer
     """
     where = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     return EmbedFilterLayer.from_pretrained(path, **where)
-
-
-def open_unembedding(
-    source: UnembeddingSource,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    masked_lm: bool = False,
-    trust_remote_code: bool = False,
-) -> Unembedding:
-    """Finds the unembedding matrix behind a tensor, a model, a folder, a GGUF file or a Hub id.
-
-    Args:
-        source: A name is that of a folder or file, if there is one, and else a Hub id.
-        revision: Branch, tag or commit on the Hub.
-        token: Hub token.
-        masked_lm: Take the decoder matrix of a masked language model; outside the paper.
-        trust_remote_code: Allow model code of the checkpoint to run.
-
-    Raises:
-        UnembeddingError: If there is no usable unembedding matrix.
-        HubError: If the Hub, the repository or the revision cannot be reached.
-    """
-    if isinstance(source, Unembedding):
-        return source
-    if isinstance(source, Tensor):
-        return unembedding_of_tensor(source)
-    if isinstance(source, nn.Module):
-        return unembedding_of_model(source)
-    options = {"masked_lm": masked_lm, "trust_remote_code": trust_remote_code}
-    if os.path.exists(source) or not is_repo_id(source):
-        return unembedding_of_folder(source, **options)
-    return unembedding_of_hub(os.fspath(source), revision=revision, token=token, **options)
 
 
 def insert_module(model: SentenceTransformer, position: int, module: Module) -> None:

@@ -19,7 +19,7 @@ from st_embfilter.model.prompts import recipe_from_dict
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.whitening import Calibration
 from st_embfilter.text import read_json
-from st_embfilter.unembedding.source import Provenance
+from st_embfilter.unembedding.matrix import Provenance
 
 METADATA_FILE: Final = "embfilter.json"
 SPECTRUM_FILE: Final = "embfilter_spectrum.safetensors"

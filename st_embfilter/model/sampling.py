@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from st_embfilter.errors import CalibrationError
+from st_embfilter.unembedding.source import Source
 
 #: Tokens of a sampled text, about two sentences: the length of the texts that people embed.
 DEFAULT_TOKENS: Final = 32
@@ -19,7 +20,7 @@ _BATCH: Final = 64
 
 
 def sample_texts(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] | Source,
     count: int = 1024,
     *,
     seed: int = 0,
@@ -37,7 +38,8 @@ def sample_texts(
     torch is left as it was.
 
     Args:
-        name_or_path: Folder or Hub id of a causal language model.
+        name_or_path: Folder or Hub id of a causal language model, or a `Source`, which has a
+            revision, a token and a trust of its own.
         count: Number of texts, >= 1.
         seed: Of the sampling.
         max_new_tokens: Longest text in tokens, >= 1.
@@ -55,12 +57,10 @@ def sample_texts(
         raise CalibrationError(
             f"sampling needs count >= 1 and max_new_tokens >= 1, got {count} and {max_new_tokens}"
         )
-    hub: dict[str, Any] = {
-        "revision": revision,
-        "token": token,
-        "trust_remote_code": trust_remote_code,
-    }
-    name = os.fspath(name_or_path)
+    source = Source.of(
+        name_or_path, revision=revision, token=token, trust_remote_code=trust_remote_code
+    )
+    name, hub = source.name, source.for_transformers()
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **hub)
     model: Any = AutoModelForCausalLM.from_pretrained(
         name, **hub, **({} if dtype is None else {"dtype": dtype})

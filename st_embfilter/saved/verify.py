@@ -18,7 +18,6 @@ from st_embfilter.model.build import (
     check_saved,
     load,
     load_filter,
-    open_unembedding,
 )
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.modules_file import MODULES_FILE
@@ -26,7 +25,8 @@ from st_embfilter.model.sampling import sample_texts
 from st_embfilter.saved.card import CARD_FILE, check_card, stated_base
 from st_embfilter.spectrum.gram import Spectrum
 from st_embfilter.spectrum.whitening import MAX_CONDITION, texts_hash
-from st_embfilter.unembedding.source import Unembedding
+from st_embfilter.unembedding.matrix import Unembedding
+from st_embfilter.unembedding.source import Source
 
 #: Largest entry of P P^T - I that float32 rounding may leave.
 ORTHONORMAL: Final = 1e-4
@@ -155,7 +155,7 @@ def _unembedding(
     source = layer.metadata.provenance
     if not alone:
         try:
-            return open_unembedding(name, trust_remote_code=trust_remote_code)
+            return Source(name, trust_remote_code=trust_remote_code).unembedding()
         except EmbedFilterError:
             if source.model_id is None or source.revision is None:
                 raise
@@ -164,9 +164,9 @@ def _unembedding(
             "the unembedding matrix must be in the model or on the Hub, got a filter of "
             f"{source.model_id or 'an unnamed model'} without a commit; verify it where that is"
         )
-    return open_unembedding(
-        source.model_id, revision=source.revision, trust_remote_code=trust_remote_code
-    )
+    return Source(
+        source.model_id, source.revision, trust_remote_code=trust_remote_code
+    ).unembedding()
 
 
 def _hash(unembedding: Unembedding, layer: EmbedFilterLayer) -> tuple[bool, str]:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from st_embfilter.errors import HubError, UnembeddingError
-from st_embfilter.files.hub import model_files
 from st_embfilter.files.tensors import ModelFiles, StoredTensor
 from st_embfilter.text import read_json
 
@@ -52,18 +51,6 @@ class Adapter:
                 f"{path} must name its base model in base_model_name_or_path, got {config!r:.80}"
             )
         return cls(files, config)
-
-    def base_files(self, token: str | bool | None = None) -> ModelFiles:
-        """The files of the base model, in a folder or on the Hub.
-
-        Args:
-            token: Hub token.
-        """
-        return model_files(
-            self.config["base_model_name_or_path"],
-            revision=self.config.get("revision"),
-            token=token,
-        )
 
     def trains(self, name: str) -> bool:
         """Whether the tensor `head` returned under this name is the adapter's work."""

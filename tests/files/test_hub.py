@@ -14,9 +14,9 @@ from safetensors.torch import save
 from st_embfilter import build_filter, from_causal_lm
 from st_embfilter.errors import HubError, UnembeddingError
 from st_embfilter.files import hub as hub_module
-from st_embfilter.model.build import open_unembedding
 from st_embfilter.model.layer import EmbedFilterLayer
-from st_embfilter.unembedding import source as unembedding
+from st_embfilter.unembedding import matrix as unembedding
+from st_embfilter.unembedding.source import open_unembedding
 from tests.conftest import DEMO_LM, MakeLM
 from tests.hub_server import TOKEN, LocalHub
 

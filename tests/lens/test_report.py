@@ -35,7 +35,7 @@ from st_embfilter.lens.report import (
 from st_embfilter.model.layer import filter_of
 from st_embfilter.saved.card import card_of_folder, check_card
 from st_embfilter.spectrum.band import Band
-from st_embfilter.unembedding.source import Unembedding, unembedding_of_tensor
+from st_embfilter.unembedding.matrix import Unembedding, unembedding_of_tensor
 from tests.conftest import DEMO_LM, MakeLM
 
 HOSTILE = 'x <script>alert(1)</script> & "q" | `tick` $5 [b]'

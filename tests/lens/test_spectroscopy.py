@@ -20,14 +20,14 @@ from st_embfilter.lens.spectroscopy import (
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import spectrum_of_weight
-from st_embfilter.unembedding.source import unembedding_of_tensor
+from st_embfilter.unembedding.matrix import unembedding_of_tensor
 from tests.conftest import planted
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 256 rows, so that every matrix here comes in several."""
-    monkeypatch.setattr("st_embfilter.unembedding.source._BLOCK_BYTES", 1)
+    monkeypatch.setattr("st_embfilter.unembedding.matrix._BLOCK_BYTES", 1)
 
 
 def log_probabilities(rows: int, seed: int = 0) -> Tensor:

@@ -11,14 +11,14 @@ from st_embfilter.lens.tokens import LensResult, logit_lens, pooled_embeddings
 from st_embfilter.model.layer import filter_of
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import spectrum_of_weight
-from st_embfilter.unembedding.source import unembedding_of_tensor
+from st_embfilter.unembedding.matrix import unembedding_of_tensor
 from tests.conftest import TEXTS, MakeLM
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 256 rows, so that every matrix here comes in several."""
-    monkeypatch.setattr("st_embfilter.unembedding.source._BLOCK_BYTES", 1)
+    monkeypatch.setattr("st_embfilter.unembedding.matrix._BLOCK_BYTES", 1)
 
 
 @pytest.fixture

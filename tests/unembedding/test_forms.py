@@ -22,8 +22,8 @@ from transformers import (
 import st_embfilter
 from st_embfilter.errors import BackboneError, FormatError, UnembeddingError
 from st_embfilter.model.backbone import load_backbone
-from st_embfilter.model.build import open_unembedding
-from st_embfilter.unembedding.source import Unembedding, unembedding_of_folder, unembedding_of_model
+from st_embfilter.unembedding.matrix import Unembedding
+from st_embfilter.unembedding.source import open_unembedding, unembedding_of_model
 from tests.architectures import save_tiny, tiny_config, tiny_model
 from tests.conftest import MakeLM, same, sine, word_tokenizer
 
@@ -72,7 +72,7 @@ def test_quantised_layers_leave_the_head_alone(
             del weights[name]
 
     rewrite(folder, quantise, quantization_config=method)
-    assert torch.equal(read(unembedding_of_folder(folder)), model.lm_head.weight)
+    assert torch.equal(read(open_unembedding(folder)), model.lm_head.weight)
 
 
 @pytest.mark.parametrize("shape", [(13, 2), (200, 1), (200, 2), (1, 1), (200,), (1,), ()])
@@ -90,7 +90,7 @@ def test_fp8_head_is_multiplied_by_its_scales(make_lm: MakeLM, shape: tuple[int,
     grid = scale.reshape(-1, 1) if scale.ndim < 2 else scale
     full = grid.repeat_interleave(16 if shape == (13, 2) else 200 // grid.shape[0], 0)
     full = full[:200].repeat_interleave(32 // grid.shape[1], 1)
-    found = unembedding_of_folder(folder)
+    found = open_unembedding(folder)
     assert found.stored.dtype == torch.float32
     assert torch.equal(read(found), eight.to(torch.float32) * full)
     assert found.fit()[1].dtype == "float32"
@@ -102,7 +102,7 @@ def test_eight_bit_integers_of_bitsandbytes(make_lm: MakeLM) -> None:
     row_maxima = weight.abs().amax(1)
     integers = (weight / row_maxima[:, None] * 127).round().to(torch.int8)
     rewrite(folder, lambda weights: weights.update({HEAD: integers, "lm_head.SCB": row_maxima}))
-    found = read(unembedding_of_folder(folder))
+    found = read(open_unembedding(folder))
     assert float((found - weight).abs().max() / row_maxima.max()) <= 0.5 / 127 * 1.001
 
 
@@ -110,7 +110,7 @@ def test_plain_fp8_without_scales(make_lm: MakeLM) -> None:
     folder, model = make_lm(tie_word_embeddings=False)
     eight = model.lm_head.weight.detach().to(torch.float8_e5m2)
     rewrite(folder, lambda weights: weights.update({HEAD: eight}))
-    assert torch.equal(read(unembedding_of_folder(folder)).float(), eight.float())
+    assert torch.equal(read(open_unembedding(folder)).float(), eight.float())
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_heads_that_cannot_be_dequantised_exactly(
 
     rewrite(folder, quantise)
     with pytest.raises(UnembeddingError, match=message):
-        unembedding_of_folder(folder)
+        open_unembedding(folder)
 
 
 # Adapters -----------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_adapter_that_leaves_the_head_alone(make_lm: MakeLM) -> None:
     base, model = make_lm(tie_word_embeddings=False)
     a, b = torch.ones(2, 32), torch.ones(32, 2)
     folder = adapter_folder(base, {f"{QUERY}.lora_A.weight": a, f"{QUERY}.lora_B.weight": b})
-    found = unembedding_of_folder(folder)
+    found = open_unembedding(folder)
     assert torch.equal(read(found), model.lm_head.weight)
     assert (found.stored.name, found.model_id) == (HEAD, "lm")
 
@@ -174,7 +174,7 @@ def test_adapter_that_leaves_the_head_alone(make_lm: MakeLM) -> None:
 def test_adapter_with_a_head_of_its_own(make_lm: MakeLM, tied: bool) -> None:
     base, _ = make_lm(tie_word_embeddings=tied)
     head = torch.randn(200, 32)
-    found = unembedding_of_folder(adapter_folder(base, {HEAD: head}))
+    found = open_unembedding(adapter_folder(base, {HEAD: head}))
     assert torch.equal(read(found), head)
     assert found.model_id == "adapter"
 
@@ -187,7 +187,7 @@ def test_lora_on_the_head(make_lm: MakeLM, options: dict[str, object], scale: fl
     base, model = make_lm(tie_word_embeddings=False)
     a, b = torch.randn(2, 32), torch.randn(200, 2)
     weights = {"lm_head.lora_A.weight": a, "lm_head.lora_B.weight": b}
-    found = read(unembedding_of_folder(adapter_folder(base, weights, **options)))
+    found = read(open_unembedding(adapter_folder(base, weights, **options)))
     torch.testing.assert_close(found, model.lm_head.weight.detach() + scale * (b @ a))
 
 
@@ -207,13 +207,13 @@ def test_adapters_that_must_be_merged_first(make_lm: MakeLM, tied: bool, names: 
     base, _ = make_lm(tie_word_embeddings=tied)
     folder = adapter_folder(base, {name: torch.ones(2, 2) for name in names})
     with pytest.raises(UnembeddingError, match=r"merge it into its base model with PEFT"):
-        unembedding_of_folder(folder)
+        open_unembedding(folder)
 
 
 def test_an_input_embedding_that_is_not_the_head_may_be_trained(make_lm: MakeLM) -> None:
     base, model = make_lm(tie_word_embeddings=False)
     folder = adapter_folder(base, {"model.embed_tokens.weight": torch.ones(200, 32)})
-    assert torch.equal(read(unembedding_of_folder(folder)), model.lm_head.weight)
+    assert torch.equal(read(open_unembedding(folder)), model.lm_head.weight)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_an_input_embedding_that_is_not_the_head_may_be_trained(make_lm: MakeLM)
 def test_damaged_adapters(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(UnembeddingError, match=message):
-        unembedding_of_folder(tmp_path)
+        open_unembedding(tmp_path)
 
 
 def test_adapter_without_weights_or_with_others(make_lm: MakeLM) -> None:
@@ -238,10 +238,10 @@ def test_adapter_without_weights_or_with_others(make_lm: MakeLM) -> None:
     }
     folder = adapter_folder(base, weights)
     with pytest.raises(UnembeddingError, match="belongs to another model"):
-        unembedding_of_folder(folder)
+        open_unembedding(folder)
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UnembeddingError, match=r"must hold adapter_model\.safetensors"):
-        unembedding_of_folder(folder)
+        open_unembedding(folder)
 
 
 @pytest.mark.parametrize("whole", [None, ["embed_tokens"]])
@@ -329,17 +329,17 @@ def test_gguf_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
     (tmp_path / "a.gguf").write_bytes(b"no such format" * 9)
     with pytest.raises(UnembeddingError, match=r"a\.gguf must be a GGUF file"):
-        unembedding_of_folder(tmp_path)
+        open_unembedding(tmp_path)
     write_gguf(tmp_path / "b.gguf", {"blk.0.x": (np.zeros((2, 32), np.float32), "F32")})
     with pytest.raises(UnembeddingError, match=r"must hold output\.weight or token_embd\.weight"):
-        unembedding_of_folder(tmp_path / "b.gguf")
+        open_unembedding(tmp_path / "b.gguf")
     with pytest.raises(UnembeddingError, match=r"got 2 in .*: a\.gguf, b\.gguf"):
-        unembedding_of_folder(tmp_path)
+        open_unembedding(tmp_path)
     with pytest.raises(BackboneError, match="give the GGUF file to add_filter as unembedding="):
-        load_backbone(str(tmp_path / "b.gguf"))
+        load_backbone(Source(str(tmp_path / "b.gguf")))
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(UnembeddingError, match=r"install st-embfilter\[gguf\]"):
-        unembedding_of_folder(tmp_path / "b.gguf")
+        open_unembedding(tmp_path / "b.gguf")
 
 
 # Embedding models on decoders ---------------------------------------------------------------------
@@ -413,7 +413,7 @@ def test_a_head_bias_is_no_part_of_the_matrix(tmp_path: Path) -> None:
     with torch.no_grad():
         model.lm_head.bias.fill_(100.0)
     save_tiny(model, tmp_path)
-    assert torch.equal(read(unembedding_of_folder(tmp_path)), model.lm_head.weight)
+    assert torch.equal(read(open_unembedding(tmp_path)), model.lm_head.weight)
 
 
 def test_a_projection_after_the_layers(tmp_path: Path) -> None:
@@ -441,21 +441,21 @@ def test_masked_lm_on_request(tmp_path: Path, model_type: str) -> None:
     model = tiny_model(tiny_config(model_type), masked_lm=True)
     save_tiny(model, tmp_path)
     with pytest.raises(UnembeddingError, match=r"pass masked_lm=True \(--masked-lm\)"):
-        unembedding_of_folder(tmp_path)
-    found = unembedding_of_folder(tmp_path, masked_lm=True)
+        open_unembedding(tmp_path)
+    found = open_unembedding(tmp_path, masked_lm=True)
     assert torch.equal(read(found), model.get_output_embeddings().weight)
 
 
 def test_a_decoder_is_no_masked_lm(make_lm: MakeLM) -> None:
     folder, _ = make_lm()
     with pytest.raises(UnembeddingError, match=r"AutoModelForMaskedLM can build, got .* 'llama'"):
-        unembedding_of_folder(folder, masked_lm=True)
+        open_unembedding(folder, masked_lm=True)
 
 
 def test_bert_as_a_decoder_has_layers_in_its_head(tmp_path: Path) -> None:
     save_tiny(tiny_model(tiny_config("bert", is_decoder=True)), tmp_path)
     with pytest.raises(UnembeddingError, match=r"'cls\.predictions\.transform\.dense\.weight' in"):
-        unembedding_of_folder(tmp_path)
+        open_unembedding(tmp_path)
 
 
 # Vision-language models ---------------------------------------------------------------------------
@@ -465,7 +465,7 @@ def test_bert_as_a_decoder_has_layers_in_its_head(tmp_path: Path) -> None:
 def test_nested_text_decoder(tmp_path: Path, model_type: str) -> None:
     model = tiny_model(tiny_config(model_type))
     save_tiny(model, tmp_path)
-    assert torch.equal(read(unembedding_of_folder(tmp_path)), model.get_output_embeddings().weight)
+    assert torch.equal(read(open_unembedding(tmp_path)), model.get_output_embeddings().weight)
 
 
 def test_processor_files_travel(tmp_path: Path) -> None:
@@ -494,7 +494,7 @@ def test_a_missing_processor_is_one_sentence(tmp_path: Path) -> None:
     del config["processor_class"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(BackboneError, match=r"can load with AutoModel and AutoProcessor, got"):
-        load_backbone(str(tmp_path))
+        load_backbone(Source(str(tmp_path)))
 
 
 # Remote code --------------------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def test_remote_code_runs_only_when_trusted(
     with pytest.raises(UnembeddingError, match="trust_remote_code"):
         st_embfilter.build_filter(folder, show_progress_bar=False)
     assert not marker.exists()
-    found = unembedding_of_folder(folder, trust_remote_code=True)
+    found = open_unembedding(folder, trust_remote_code=True)
     assert torch.equal(read(found), live.get_output_embeddings().weight)
     assert marker.exists()
     model = st_embfilter.from_causal_lm(

@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from st_embfilter.errors import UnembeddingError
-from st_embfilter.model.build import build_filter, open_unembedding
+from st_embfilter.model.build import build_filter
+from st_embfilter.unembedding.matrix import Unembedding, unembedding_of_tensor
 from st_embfilter.unembedding.source import (
-    Unembedding,
     model_identity,
-    unembedding_of_folder,
+    open_unembedding,
     unembedding_of_model,
-    unembedding_of_tensor,
 )
 from tests.conftest import MakeLM
 
@@ -40,7 +39,7 @@ def test_folder_gives_the_output_embedding(
         tie_word_embeddings=tied,
     )
     assert (folder / "model.safetensors.index.json").exists() == (form == "shards")
-    found = unembedding_of_folder(folder)
+    found = open_unembedding(folder)
     assert torch.equal(read(found), model.get_output_embeddings().weight)
     assert found.tied is tied
     assert found.model_id == "lm"
@@ -48,7 +47,7 @@ def test_folder_gives_the_output_embedding(
 
 def test_live_model_and_folder_agree(make_lm: MakeLM) -> None:
     folder, model = make_lm(dtype=torch.bfloat16, tie_word_embeddings=False)
-    live, stored = unembedding_of_model(model), unembedding_of_folder(folder)
+    live, stored = unembedding_of_model(model), open_unembedding(folder)
     assert live.provenance().sha256 == stored.provenance().sha256
     assert live.stored.name == stored.stored.name == "lm_head.weight"
     assert live.provenance().dtype == "bfloat16"
@@ -56,7 +55,7 @@ def test_live_model_and_folder_agree(make_lm: MakeLM) -> None:
 
 def test_a_wider_live_copy_hashes_as_stored(make_lm: MakeLM) -> None:
     folder, model = make_lm(dtype=torch.bfloat16)
-    stored = unembedding_of_folder(folder).provenance()
+    stored = open_unembedding(folder).provenance()
     wide = unembedding_of_model(model.to(torch.float32))
     assert wide.provenance().sha256 != stored.sha256
     assert wide.provenance(torch.bfloat16).sha256 == stored.sha256
@@ -71,8 +70,8 @@ def test_hash_is_of_the_stored_bytes(make_lm: MakeLM) -> None:
         entry = json.loads(raw[8 : 8 + length])["lm_head.weight"]
     start, stop = (8 + length + offset for offset in entry["data_offsets"])
     expected = hashlib.sha256(raw[start:stop]).hexdigest()
-    assert unembedding_of_folder(folder).provenance().sha256 == expected
-    assert unembedding_of_folder(folder).fit()[1].sha256 == expected
+    assert open_unembedding(folder).provenance().sha256 == expected
+    assert open_unembedding(folder).fit()[1].sha256 == expected
 
 
 def test_a_backbone_saved_without_its_tied_head(make_lm: MakeLM) -> None:
@@ -80,7 +79,7 @@ def test_a_backbone_saved_without_its_tied_head(make_lm: MakeLM) -> None:
     bare = folder.with_name("bare")
     model.base_model.save_pretrained(bare)
     assert "embed_tokens.weight" in load_file(bare / "model.safetensors")
-    assert torch.equal(read(unembedding_of_folder(bare)), model.get_output_embeddings().weight)
+    assert torch.equal(read(open_unembedding(bare)), model.get_output_embeddings().weight)
 
 
 def test_a_backbone_saved_without_its_untied_head(make_lm: MakeLM) -> None:
@@ -88,7 +87,7 @@ def test_a_backbone_saved_without_its_untied_head(make_lm: MakeLM) -> None:
     bare = folder.with_name("bare")
     model.base_model.save_pretrained(bare)
     with pytest.raises(UnembeddingError, match=r"must hold the output embedding \(lm_head.weight"):
-        unembedding_of_folder(bare)
+        open_unembedding(bare)
 
 
 def test_config_says_tied_but_the_head_is_stored_apart(make_lm: MakeLM) -> None:
@@ -97,7 +96,7 @@ def test_config_says_tied_but_the_head_is_stored_apart(make_lm: MakeLM) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["tie_word_embeddings"] = True
     (folder / "config.json").write_text(json.dumps(config))
-    assert torch.equal(read(unembedding_of_folder(folder)), model.get_output_embeddings().weight)
+    assert torch.equal(read(open_unembedding(folder)), model.get_output_embeddings().weight)
 
 
 def test_only_the_head_is_read(make_lm: MakeLM) -> None:
@@ -107,7 +106,7 @@ def test_only_the_head_is_read(make_lm: MakeLM) -> None:
     for shard in folder.glob("*.safetensors"):
         if shard.name != head:
             shard.unlink()
-    assert torch.equal(read(unembedding_of_folder(folder)), model.get_output_embeddings().weight)
+    assert torch.equal(read(open_unembedding(folder)), model.get_output_embeddings().weight)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 200, 1000])
@@ -149,9 +148,9 @@ def test_sources_of_every_kind(make_lm: MakeLM) -> None:
 
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(UnembeddingError, match="a model folder must exist, got"):
-        unembedding_of_folder(tmp_path / "nothing")
+        open_unembedding(tmp_path / "nothing")
     with pytest.raises(UnembeddingError, match=r"must hold config\.json"):
-        unembedding_of_folder(tmp_path)
+        open_unembedding(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +174,7 @@ def test_no_weights(make_lm: MakeLM) -> None:
     folder, _ = make_lm()
     (folder / "model.safetensors").unlink()
     with pytest.raises(UnembeddingError, match=r"must hold model\.safetensors or pytorch_model"):
-        unembedding_of_folder(folder)
+        open_unembedding(folder)
 
 
 def test_head_of_another_shape(make_lm: MakeLM) -> None:
@@ -184,7 +183,7 @@ def test_head_of_another_shape(make_lm: MakeLM) -> None:
     config["vocab_size"] = 300
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnembeddingError, match=r"\(300, 32\), got \(200, 32\)"):
-        unembedding_of_folder(folder)
+        open_unembedding(folder)
 
 
 def test_model_without_output_embedding(make_lm: MakeLM) -> None:
@@ -225,7 +224,7 @@ def test_header_entries_that_lie(make_lm: MakeLM, change: dict[str, object], mes
     header["lm_head.weight"].update(change)
     write(file, header, data)
     with pytest.raises(UnembeddingError, match=message):
-        unembedding_of_folder(folder)
+        open_unembedding(folder)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +242,7 @@ def test_files_that_are_no_safetensors(make_lm: MakeLM, content: bytes) -> None:
     folder, _ = make_lm()
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UnembeddingError):
-        unembedding_of_folder(folder)
+        open_unembedding(folder)
 
 
 def test_truncated_file(make_lm: MakeLM) -> None:
@@ -251,7 +250,7 @@ def test_truncated_file(make_lm: MakeLM) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:20_000])
     with pytest.raises(UnembeddingError, match="truncated or damaged"):
-        read(unembedding_of_folder(folder))
+        read(open_unembedding(folder))
 
 
 @pytest.mark.parametrize("shard", ["../lm/model.safetensors", "/etc/passwd", "a\\b", "", 7, ".."])
@@ -261,7 +260,7 @@ def test_index_must_name_plain_files(make_lm: MakeLM, shard: object) -> None:
     index = {"weight_map": {"model.embed_tokens.weight": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UnembeddingError, match=r"must be a plain file name|must hold the shard"):
-        unembedding_of_folder(folder)
+        open_unembedding(folder)
 
 
 def test_missing_shard(make_lm: MakeLM) -> None:
@@ -269,7 +268,7 @@ def test_missing_shard(make_lm: MakeLM) -> None:
     for shard in folder.glob("*.safetensors"):
         shard.unlink()
     with pytest.raises(UnembeddingError, match="must hold the shard"):
-        unembedding_of_folder(folder)
+        open_unembedding(folder)
 
 
 class Payload:
@@ -286,10 +285,10 @@ def test_code_in_a_bin_file_never_runs(
         pickle.dumps({"lm_head.weight": Payload()}, protocol=2)
     )
     with pytest.raises(UnembeddingError, match="weights_only=True"):
-        unembedding_of_folder(folder)
+        open_unembedding(folder)
     torch.save({"lm_head.weight": Payload()}, folder / "pytorch_model.bin")
     with pytest.raises(UnembeddingError, match="weights_only=True"):
-        unembedding_of_folder(folder)
+        open_unembedding(folder)
     assert not Path("pwned").exists()
 
 
