@@ -23,7 +23,7 @@ import st_embfilter
 from st_embfilter.errors import BackboneError, FormatError, UnembeddingError
 from st_embfilter.model.backbone import load_backbone
 from st_embfilter.unembedding.matrix import Unembedding
-from st_embfilter.unembedding.source import open_unembedding, unembedding_of_model
+from st_embfilter.unembedding.source import Source, open_unembedding, unembedding_of_model
 from tests.architectures import save_tiny, tiny_config, tiny_model
 from tests.conftest import MakeLM, same, sine, word_tokenizer
 
