@@ -107,6 +107,12 @@ def check_dense_config(data: bytes, *, d: int, k: int, bias: bool) -> None:
         "bias": bias,
         "activation_function": IDENTITY,
     }
+    unknown = sorted(set(config) - set(expected))
+    if unknown:
+        raise FormatError(
+            f"2_Dense/config.json must hold {', '.join(expected)} alone, got {unknown[0]!r:.80}; "
+            "other keys change what sentence-transformers computes"
+        )
     for key, value in expected.items():
         found = config.get(key)
         if type(found) is not type(value) or found != value:

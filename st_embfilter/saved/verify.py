@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
+from transformers import AutoModel
 
-from st_embfilter.errors import CalibrationError, EmbedFilterError, FormatError
+from st_embfilter.errors import EmbedFilterError, FormatError, HubError
 from st_embfilter.files.hub import model_files
-from st_embfilter.model.build import (
-    calibrate_filter,
-    check_saved,
-    load,
-    load_filter,
-)
+from st_embfilter.files.tensors import FolderFiles, ModelFiles
+from st_embfilter.model import echo_pooling
+from st_embfilter.model.build import calibrate_filter, check_saved, load
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.sampling import sample_texts
-from st_embfilter.saved.card import CARD_FILE, check_card, stated_base
+from st_embfilter.saved import checks, layout
+from st_embfilter.saved.card import check_card, stated_base
 from st_embfilter.spectrum.gram import Spectrum
-from st_embfilter.spectrum.whitening import MAX_CONDITION, texts_hash
-from st_embfilter.unembedding.matrix import Unembedding
-from st_embfilter.unembedding.source import Source
-
-#: Largest entry of P P^T - I that float32 rounding may leave.
-ORTHONORMAL: Final = 1e-4
-
-#: Largest relative error of a singular value, and largest sine between two subspaces.
-TOLERANCE: Final = 1e-4
+from st_embfilter.spectrum.whitening import different_texts, texts_hash
+from st_embfilter.text import first_line, read_json, shown
+from st_embfilter.unembedding.source import Source, Unembedding
 
 #: Largest relative error of a calibration that was repeated: encoding rounds.
 CALIBRATION_TOLERANCE: Final = 1e-2
+
+#: More texts than this are not sampled again: it would take a day.
+MAX_SAMPLED: Final = 65_536
 
 
 @dataclass(frozen=True)
@@ -45,75 +41,271 @@ class Check:
     Attributes:
         name: What was checked.
         passed: None if it could not be done here.
-        detail: What was found, or why it was not.
+        detail: What was found; of what is unproven, why, and what would prove it.
     """
 
     name: str
     passed: bool | None
     detail: str
 
+    @property
+    def word(self) -> str:
+        """ "ok", "FAILED" or "unproven"."""
+        return {True: "ok", False: "FAILED", None: "unproven"}[self.passed]
+
 
 def verify(
     path: str | os.PathLike[str],
     *,
     rebuild: bool = False,
+    texts: Sequence[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
     trust_remote_code: bool = False,
     show_progress_bar: bool = True,
 ) -> list[Check]:
     """Checks a saved filtered model, or a filter alone.
 
-    Nothing of the model runs, unless a calibrated filter is rebuilt. The unembedding matrix is read
-    from the model itself, or from its base model where the model holds none.
+    Only what `save_pretrained` writes can be proven. Nothing of the model runs, unless a calibrated
+    filter is rebuilt. The unembedding matrix is read once, from the model itself, or from its base
+    model where the model holds none.
 
     Args:
         path: Folder or Hub id.
-        rebuild: Also compute the filter anew and compare subspaces, at every prefix of half the
-            width before it. A calibration with texts of the model's own is repeated.
-        trust_remote_code: Allow model code of the checkpoint to run; also accepts modules of other
-            packages.
+        rebuild: Also compare the spaces of all prefixes with the filter built anew, repeat a
+            calibration, and download the weights of a model on the Hub to check them.
+        texts: What the filter was calibrated with, if not with texts of the model's own.
+        base: Folder or Hub id of the language model, for a filter alone that was made from a folder.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
+        trust_remote_code: Allow model code of the checkpoint to run.
         show_progress_bar: Show a bar while texts are sampled.
 
     Returns:
         The checks in the order in which they were made. A failed one may end the list.
     """
-    return list(_checks(os.fspath(path), rebuild, trust_remote_code, show_progress_bar))
+    source = Source(
+        os.fspath(path), revision=revision, token=token, trust_remote_code=trust_remote_code
+    )
+    job = _Job(source, rebuild, texts, None if base is None else os.fspath(base), show_progress_bar)
+    return list(job.checks())
 
 
-def _checks(name: str, rebuild: bool, trust_remote_code: bool, bar: bool) -> Iterator[Check]:
-    try:
-        files = model_files(name)
-        alone = files.path(MODULES_FILE) is None
+@dataclass
+class _Job:
+    """One run of the checks, over one view of the files."""
+
+    source: Source
+    rebuild: bool
+    texts: Sequence[str] | None
+    base: str | None
+    bar: bool
+    code: tuple[str, ...] = field(default=(), init=False)
+
+    @property
+    def files(self) -> ModelFiles:
+        return self.source.files
+
+    def checks(self) -> Iterator[Check]:
+        try:
+            alone = self.files.path(MODULES_FILE) is None
+            layer = self._layer(alone)
+        except EmbedFilterError as error:
+            yield Check("files", False, str(error))
+            return
+        form = "a filter alone" if alone else "modules, configuration, metadata and weights agree"
+        yield Check("files", True, form)
+        metadata = layer.metadata
+        yield Check("window", True, f"{metadata.band} band, {metadata.k} of {metadata.d}")
+        yield _attempt("rows", lambda: checks.check_rows(layer))
+        if self.source.is_folder:
+            yield _attempt("links", self._links)
+        if not alone:
+            yield _attempt("modules", lambda: self._modules(layer))
+            yield _attempt("card", lambda: self._card(layer))
+        yield from self._against_the_matrix(layer, alone)
+
+    def _against_the_matrix(self, layer: EmbedFilterLayer, alone: bool) -> Iterator[Check]:
+        try:
+            unembedding = self._unembedding(layer, alone)
+        except (HubError, _UnknownError) as error:
+            unreachable = alone or isinstance(error, _UnknownError)
+            yield Check("unembedding", None if unreachable else False, f"{error}; give base=")
+            return
+        except EmbedFilterError as error:
+            yield Check("unembedding", False, str(error))
+            return
+        if not alone:
+            yield _attempt("backbone", lambda: self._backbone(unembedding))
+        made_from = layer.metadata.provenance
+        try:
+            # Rounding is measured in float32 alone, and bounds what is compared.
+            spectrum, found = unembedding.fit(layer.metadata.band, precision="float32")
+            narrow = getattr(torch, made_from.dtype)
+            if found.dtype != made_from.dtype and unembedding.stored.dtype != narrow:
+                found = unembedding.provenance(narrow)
+        except EmbedFilterError as error:
+            yield Check("unembedding", False, str(error))
+            return
+        if found.shape != made_from.shape:
+            told = f"shape {found.shape}, embfilter.json says {made_from.shape}"
+            yield Check("unembedding", False, told)
+            return
+        same = found.sha256 == made_from.sha256
+        told = f"sha256 {found.sha256[:16]}... of {shown(found.tensor)}"
+        yield Check(
+            "unembedding", same, told if same else f"{told}, embfilter.json says {made_from.sha256}"
+        )
+        yield _attempt("directions", lambda: checks.check_directions(spectrum, layer))
+        yield _attempt("spectrum", lambda: checks.check_spectrum(spectrum, layer))
+        if self.rebuild:
+            yield _attempt("rebuild", lambda: checks.check_prefixes(spectrum, layer))
+        if layer.metadata.calibration is not None:
+            yield _attempt("calibration", lambda: self._calibration(spectrum, layer, alone))
+
+    def _layer(self, alone: bool) -> EmbedFilterLayer:
+        where = {"revision": self.source.revision, "token": self.source.token}
         if alone:
-            layer = load_filter(name)
-        else:
-            layer = check_saved(name, trust_remote_code=trust_remote_code)
-    except EmbedFilterError as error:
-        yield Check("files", False, str(error))
-        return
-    metadata = layer.metadata
-    form = "a filter alone" if alone else "modules, configuration, metadata and weights agree"
-    yield Check("files", True, form)
-    yield Check("window", True, f"{metadata.band} band, {metadata.k} of {metadata.d}")
-    yield _rows(layer)
-    card = files.path(CARD_FILE)
-    if not alone:
-        text = None if card is None else card.read_text(encoding="utf-8", errors="replace")
-        yield _attempt("card", lambda: _card(text, layer))
-    try:
-        unembedding = _unembedding(name, alone, layer, trust_remote_code)
-    except EmbedFilterError as error:
-        yield Check("unembedding", False if rebuild else None, str(error))
-        return
-    yield _attempt("unembedding", lambda: _hash(unembedding, layer))
-    yield _attempt("directions", lambda: _directions(unembedding, layer))
-    if rebuild:
-        spectrum, _ = unembedding.fit(metadata.band)
-        yield _attempt("rebuild", lambda: _subspaces(spectrum, layer))
-        if metadata.calibration is not None:
-            yield _attempt(
-                "calibration",
-                lambda: _calibration(name, alone, spectrum, layer, trust_remote_code, bar),
+            return EmbedFilterLayer.from_pretrained(self.source.name, **where)
+        return check_saved(self.source.name, trust_remote_code=True, **where)
+
+    def _links(self) -> tuple[bool, str]:
+        found = checks.links_out(Path(self.source.name))
+        if found:
+            return False, f"{len(found)} links out of the folder, e.g. {shown(found[0])}"
+        return True, "none leads out of the folder"
+
+    def _modules(self, layer: EmbedFilterLayer) -> tuple[bool | None, str]:
+        modules = self._json(MODULES_FILE, list)
+        self.code = layout.plugin_files(modules)
+        for file in self.code:
+            path = self.files.path(file)
+            ours = Path(echo_pooling.__file__).with_name(file).read_bytes()
+            if path is None or path.read_bytes() != ours:
+                return False, f"{file} is not the code of this package, byte for byte; read it"
+        layout.check_transformer_config(self._json(layout.TRANSFORMER_CONFIG))
+        if "echo_pooling.py" not in self.code:
+            layout.check_pooling_config(self._json(layout.POOLING_CONFIG), layer.in_features)
+        for file in ("adapter_config.json", "2_Dense/pytorch_model.bin"):
+            if self.files.path(file) is not None:
+                return False, f"{file} changes what other libraries load; it must not be there"
+        config = self._json("config.json", infinity=True)
+        odd = next(checks.odd_numbers(config), None)
+        if odd is not None:
+            return False, f"config.json: {shown(odd)}"
+        if "auto_map" in config:
+            return None, "the backbone has code of its own, which runs with trust_remote_code; read it"
+        return True, "as save_pretrained writes them" + (
+            f", with {', '.join(self.code)} of this package" if self.code else ""
+        )
+
+    def _json(self, file: str, kind: Any = dict, *, infinity: bool = False) -> Any:
+        path = self.files.path(file)
+        if path is None:
+            raise FormatError(f"a saved model must hold {file}, got none")
+        return read_json(path.read_bytes(), file, FormatError, kind, infinity=infinity)
+
+    def _card(self, layer: EmbedFilterLayer) -> tuple[bool, str]:
+        path = self.files.path(layout.CARD_FILE)
+        if path is None:
+            raise FormatError(f"a saved model must hold {layout.CARD_FILE}, got none")
+        text = path.read_text(encoding="utf-8", errors="replace")
+        check_card(text)
+        stated, base = stated_base(text), layer.metadata.provenance.model_id
+        if stated is not None and stated != base:
+            return False, f"names the base model {stated}, embfilter.json says {base}"
+        return True, "valid metadata" + ("" if stated is None else f", base model {stated}")
+
+    def _unembedding(self, layer: EmbedFilterLayer, alone: bool) -> Unembedding:
+        made_from = layer.metadata.provenance
+        if not alone:
+            return self.source.unembedding()
+        if self.base is not None:
+            return self._other(self.base, None)
+        if made_from.model_id is None or made_from.revision is None:
+            raise _UnknownError(
+                f"made from {shown(made_from.model_id or 'an unnamed model')}, which is on no Hub"
             )
+        return self._other(made_from.model_id, made_from.revision)
+
+    def _other(self, name: str, revision: str | None) -> Unembedding:
+        return replace(self.source, name=name, revision=revision).unembedding()
+
+    def _backbone(self, unembedding: Unembedding) -> tuple[bool | None, str]:
+        """Loads the backbone as sentence-transformers does, for what that would hide."""
+        if unembedding.stored.remote and not self.rebuild:
+            return None, "the weights were not downloaded; with --rebuild they are"
+        try:
+            model, report = AutoModel.from_pretrained(
+                self.source.name,
+                output_loading_info=True,
+                dtype="auto",
+                **self.source.for_transformers(),
+            )
+        except Exception as error:  # files of strangers fail in many ways, all mean the same
+            return False, f"transformers cannot load it: {first_line(error)}"
+        for kind in ("missing_keys", "mismatched_keys"):
+            names = sorted(map(str, report[kind]))
+            if names:
+                what = kind.replace("_keys", "")
+                return False, f"{len(names)} tensors {what}, e.g. {shown(names[0])}: random numbers"
+        bad = checks.not_finite(model)
+        if bad is not None:
+            return False, f"{bad} holds NaN or Inf"
+        return True, "every tensor is there and finite"
+
+    def _calibration(
+        self, spectrum: Spectrum, layer: EmbedFilterLayer, alone: bool
+    ) -> tuple[bool | None, str]:
+        record = layer.metadata.calibration
+        if record is None or not self.rebuild:
+            return None, "not repeated; with --rebuild it is"
+        if alone:
+            return None, "needs the model that the filter was calibrated in; verify that one"
+        if self.texts is not None:
+            texts = different_texts(self.texts)
+        elif record.source != "self":
+            return None, "made with given texts, which the model does not hold; give them (--texts)"
+        elif record.texts > MAX_SAMPLED:
+            return None, f"{record.texts} texts are not sampled again, only up to {MAX_SAMPLED}"
+        else:
+            try:
+                texts = sample_texts(
+                    self.source.name,
+                    record.texts,
+                    seed=record.seed or 0,
+                    trust_remote_code=self.source.trust_remote_code,
+                    show_progress_bar=self.bar,
+                )
+            except (EmbedFilterError, OSError, ValueError) as error:
+                return None, f"cannot sample again: {first_line(error)}; give the texts (--texts)"
+        if texts_hash(texts) != record.sha256:
+            if self.texts is not None:
+                return None, "the texts given are not those that it was made with"
+            return None, "sampling gives other texts with these library versions or this machine"
+        model = load(self.source.name, trust_remote_code=bool(self.code), device="cpu")
+        bare = EmbedFilterLayer(
+            spectrum.projection(layer.metadata.band), replace(layer.metadata, calibration=None)
+        )
+        modules = [bare if isinstance(m, EmbedFilterLayer) else m for m in model.children()]
+        again = calibrate_filter(
+            SentenceTransformer(modules=modules, device="cpu"),
+            texts,
+            strength=record.strength,
+            seed=record.seed,
+            show_progress_bar=self.bar,
+        )
+        made = next(m for m in again.children() if isinstance(m, EmbedFilterLayer))
+        difference = max(
+            float((value - layer.weights()[key]).norm() / layer.weights()[key].norm())
+            for key, value in made.weights().items()
+        )
+        return difference <= CALIBRATION_TOLERANCE, f"repeated, to {difference:.1e}"
+
+
+class _UnknownError(EmbedFilterError):
+    """Where the unembedding matrix is, is not known here."""
 
 
 def _attempt(name: str, action: Callable[[], tuple[bool | None, str]]) -> Check:
@@ -121,138 +313,3 @@ def _attempt(name: str, action: Callable[[], tuple[bool | None, str]]) -> Check:
         return Check(name, *action())
     except EmbedFilterError as error:
         return Check(name, False, str(error))
-
-
-def _rows(layer: EmbedFilterLayer) -> Check:
-    rows = layer.projection.detach().to("cpu", torch.float64)
-    record = layer.metadata.calibration
-    if record is not None:
-        # The map that is folded in has a bounded condition number, see `affine_map`.
-        values = torch.linalg.svdvals(rows)
-        limit = MAX_CONDITION ** (record.strength / 2)
-        condition = float(values[0] / values[-1].clamp(min=1e-300))
-        text = f"condition number {condition:.3g}, at most {limit:.3g} for its strength"
-        return Check("rows", condition <= limit * 1.01, f"calibrated: {text}")
-    error = float((rows @ rows.T - torch.eye(rows.shape[0], dtype=rows.dtype)).abs().max())
-    return Check("rows", error <= ORTHONORMAL, f"orthonormal to {error:.1e}")
-
-
-def _card(text: str | None, layer: EmbedFilterLayer) -> tuple[bool, str]:
-    if text is None:
-        raise FormatError(f"a saved model must hold {CARD_FILE}, got none")
-    check_card(text)
-    base = stated_base(text)
-    if base is not None and base != layer.metadata.provenance.model_id:
-        return False, f"names the base model {base}, embfilter.json says " + str(
-            layer.metadata.provenance.model_id
-        )
-    return True, "valid metadata" + ("" if base is None else f", base model {base}")
-
-
-def _unembedding(
-    name: str, alone: bool, layer: EmbedFilterLayer, trust_remote_code: bool
-) -> Unembedding:
-    source = layer.metadata.provenance
-    if not alone:
-        try:
-            return Source(name, trust_remote_code=trust_remote_code).unembedding()
-        except EmbedFilterError:
-            if source.model_id is None or source.revision is None:
-                raise
-    if source.model_id is None or source.revision is None:
-        raise FormatError(
-            "the unembedding matrix must be in the model or on the Hub, got a filter of "
-            f"{source.model_id or 'an unnamed model'} without a commit; verify it where that is"
-        )
-    return Source(
-        source.model_id, source.revision, trust_remote_code=trust_remote_code
-    ).unembedding()
-
-
-def _hash(unembedding: Unembedding, layer: EmbedFilterLayer) -> tuple[bool, str]:
-    made_from = layer.metadata.provenance
-    found = unembedding.provenance(getattr(torch, made_from.dtype, None))
-    if found.shape != made_from.shape:
-        return False, f"shape {found.shape}, embfilter.json says {made_from.shape}"
-    if found.sha256 != made_from.sha256:
-        return False, f"sha256 {found.sha256}, embfilter.json says {made_from.sha256}"
-    return True, f"sha256 {found.sha256[:16]}... of {found.tensor}"
-
-
-def _directions(unembedding: Unembedding, layer: EmbedFilterLayer) -> tuple[bool | None, str]:
-    """|W v_i| is the singular value of the direction that row i must be: order and window."""
-    if layer.metadata.calibration is not None:
-        return None, "a calibrated filter mixes them; compare with --rebuild"
-    values = layer.singular_values
-    if values is None:
-        return None, "no spectrum is stored; compare with --rebuild"
-    rows = layer.projection.detach().to("cpu", torch.float32)
-    squares = torch.zeros(rows.shape[0], dtype=torch.float64)
-    for block in unembedding.blocks():
-        squares += (block.to(torch.float32) @ rows.T).to(torch.float64).square().sum(dim=0)
-    expected = values.cpu()[layer.metadata.band.indices(layer.metadata.d)]
-    # Values far below the largest are lost in float32 rounding of the products.
-    error = float(((squares.sqrt() - expected).abs() / (expected + 1e-3 * values[0].cpu())).max())
-    return error <= 1e-3, f"singular values in nested order, to {error:.1e}"
-
-
-def _subspaces(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool, str]:
-    expected = spectrum.projection(layer.metadata.band).to(torch.float64)
-    rows = layer.projection.detach().to("cpu", torch.float64)
-    k = rows.shape[0]
-    calibrated = layer.metadata.calibration is not None
-    # Calibration mixes the directions, but never leaves the space of all of them.
-    widths = [k] if calibrated else [k >> i for i in range(k.bit_length())]
-    worst = max(_sine(rows[:width], expected[:width]) for width in widths)
-    names = ", ".join(map(str, widths))
-    return worst <= TOLERANCE, f"sine of the largest angle {worst:.1e} at width {names}"
-
-
-def _sine(a: Tensor, b: Tensor) -> float:
-    """Sine of the largest principal angle between two row spaces of the same dimension."""
-    first, second = (torch.linalg.qr(matrix.T)[0] for matrix in (a, b))
-    return float(torch.linalg.matrix_norm(second - first @ (first.T @ second), ord=2))
-
-
-def _calibration(
-    name: str,
-    alone: bool,
-    spectrum: Spectrum,
-    layer: EmbedFilterLayer,
-    trust_remote_code: bool,
-    bar: bool,
-) -> tuple[bool | None, str]:
-    record = layer.metadata.calibration
-    if record is None or record.source != "self" or alone:
-        return None, "made with given texts, which the model does not hold"
-    source = layer.metadata.provenance
-    try:
-        texts = sample_texts(
-            name,
-            record.texts,
-            seed=record.seed or 0,
-            trust_remote_code=trust_remote_code,
-            show_progress_bar=bar,
-        )
-    except (CalibrationError, OSError, ValueError) as error:
-        return None, f"cannot sample from {source.model_id}: {str(error).splitlines()[0]:.200}"
-    if texts_hash(texts) != record.sha256:
-        return None, "sampling gives other texts with these library versions or on this machine"
-    model = load(name, trust_remote_code=trust_remote_code, device="cpu")
-    bare = EmbedFilterLayer(
-        spectrum.projection(layer.metadata.band), replace(layer.metadata, calibration=None)
-    )
-    modules = [bare if isinstance(m, EmbedFilterLayer) else m for m in model.children()]
-    again = calibrate_filter(
-        SentenceTransformer(modules=modules, device="cpu"),
-        texts,
-        strength=record.strength,
-        seed=record.seed,
-        show_progress_bar=bar,
-    )
-    made = next(m for m in again.children() if isinstance(m, EmbedFilterLayer))
-    difference = max(
-        float((value - layer.weights()[key]).norm() / layer.weights()[key].norm())
-        for key, value in made.weights().items()
-    )
-    return difference <= CALIBRATION_TOLERANCE, f"repeated, to {difference:.1e}"

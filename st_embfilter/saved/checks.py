@@ -1,0 +1,209 @@
+"""What `verify` compares: pure functions on matrices, on the content of small files, on folders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from st_embfilter.errors import LinkError
+from st_embfilter.files.tensors import check_inside
+from st_embfilter.model.layer import EmbedFilterLayer
+from st_embfilter.spectrum.gram import Spectrum
+from st_embfilter.spectrum.whitening import MAX_CONDITION
+
+#: float32 rounds every entry of a row by half of this, relative.
+FLOAT32: Final = 2.0**-23
+
+#: How many times its measured root mean square an error of the Gram matrix may be in one entry:
+#: two matrices with independent errors, and the largest of up to 10^8 normal values (6 sigma).
+_LARGEST: Final = 6.0 * math.sqrt(2.0)
+
+#: A turn of directions beyond which first-order perturbation says nothing.
+_FIRST_ORDER: Final = 0.1
+
+
+def turn_bounds(spectrum: Spectrum, indices: Tensor) -> Tensor:
+    """How far directions of two computations of one spectrum may turn towards one another.
+
+    First-order perturbation of eigenvectors: an error E of the Gram matrix turns direction i
+    towards direction j by |v_i^T E v_j| / |s_i^2 - s_j^2|. E is the measured rounding, and that of
+    float64 sums and of LAPACK, d u |W^T W|.
+
+    Args:
+        spectrum: Of W_U, d values.
+        indices: (k,) directions that are compared.
+
+    Returns:
+        (k, d) float64 bounds of the sine; 1.0, which bounds nothing, for values so near to each
+        other that no computation tells their directions apart.
+    """
+    squares = spectrum.singular_values.square()
+    error = _LARGEST * spectrum.rounding + spectrum.d * 2.0**-53 * squares[0]
+    bounds = error / (squares[indices][:, None] - squares[None, :]).abs()
+    bounds = torch.where(bounds > _FIRST_ORDER, 1.0, bounds)
+    bounds[torch.arange(len(indices)), indices] = 0.0
+    return bounds
+
+
+def check_rows(layer: EmbedFilterLayer) -> tuple[bool, str]:
+    """Orthonormal rows; of a calibrated filter, the condition number that its strength allows."""
+    rows = layer.projection.detach().to("cpu", torch.float64)
+    record = layer.metadata.calibration
+    if record is not None:
+        # The map that is folded in has a bounded condition number, see `affine_map`.
+        values = torch.linalg.svdvals(rows)
+        limit = MAX_CONDITION ** (record.strength / 2)
+        condition = float(values[0] / values[-1].clamp(min=1e-300))
+        return condition <= limit * (1 + rows.shape[0] * FLOAT32 * limit), (
+            f"calibrated: condition number {condition:.3g}, at most {limit:.3g} for its strength"
+        )
+    error = float((rows @ rows.T - torch.eye(rows.shape[0], dtype=rows.dtype)).abs().max())
+    # Each product of two rounded rows is off by 2 * 2^-24 at most.
+    return error <= 2 * FLOAT32, f"orthonormal to {error:.1e}"
+
+
+def check_directions(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool, str]:
+    """Whether row i is the singular direction that the window has at place i, sign included.
+
+    For a row v with singular value s, |W^T W v - s^2 v| is the length of its parts along the other
+    directions, each times the difference of squares; here every part is held against the bound of
+    `turn_bounds`. A calibrated filter is a symmetric positive map of the kept directions.
+    """
+    band = layer.metadata.band
+    indices = torch.as_tensor(band.indices(spectrum.d))
+    rows = layer.projection.detach().to("cpu", torch.float64)
+    parts = rows @ spectrum.directions.to("cpu", torch.float64).T
+    bounds = turn_bounds(spectrum, indices)
+    kept = torch.zeros(spectrum.d, dtype=torch.bool)
+    kept[indices] = True
+    if layer.metadata.calibration is None:
+        places = torch.arange(len(indices))
+        ahead = parts[places, indices].clone()
+        excess = parts.abs() - bounds
+        excess[places, indices] = 0.0
+        blurred = bounds.square().sum(dim=1) > 0.5
+        worst = float(excess.max())
+        flipped = int(((ahead < 0.5) & ~blurred).sum())
+        others = (parts.square().sum(dim=1) - ahead.square()).clamp(min=0.0).sqrt()
+        detail = f"rows in nested order, each its direction to {float(others.max()):.1e}"
+        if bool(blurred.any()):
+            detail += f"; {int(blurred.sum())} of them among others with the same singular value"
+        if flipped:
+            detail = f"{flipped} rows point the other way, or are other directions"
+        elif worst > 2 * FLOAT32:
+            detail = f"a row has a part of {worst:.1e} along a direction that is not its own"
+        return worst <= 2 * FLOAT32 and flipped == 0, detail
+    scale = float(torch.linalg.matrix_norm(rows, ord=2))
+    inside = parts[:, indices]
+    reach = inside.abs() @ bounds
+    strays = (parts.abs() - reach)[:, ~kept]
+    outside = float(strays.max()) if strays.numel() else 0.0
+    blur = reach[:, indices]
+    skew = float(((inside - inside.T).abs() - blur - blur.T).max())
+    limit = 4 * FLOAT32 * scale
+    lowest = float(torch.linalg.eigvalsh((inside + inside.T) / 2)[0])
+    good = outside <= limit and skew <= limit and lowest > 0
+    return good, (
+        "a symmetric positive map of the window's directions"
+        if good
+        else f"not a symmetric positive map of the window: {max(outside, 0.0):.1e} outside of it, "
+        f"asymmetric by {max(skew, 0.0):.1e}, lowest eigenvalue {lowest:.1e}"
+    )
+
+
+def check_spectrum(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool | None, str]:
+    """The stored singular values against those of W_U, all of them.
+
+    Their squares are eigenvalues, which an error E of the Gram matrix moves by |E| at most (Weyl);
+    a random E of root mean square r in each entry has the norm 2 r sqrt(d).
+    """
+    stored = layer.singular_values
+    if stored is None:
+        return None, "none is stored; save the model anew with this package to store one"
+    squares = spectrum.singular_values.square()
+    norm = 4 * spectrum.rounding * math.sqrt(spectrum.d) + spectrum.d * 2.0**-53 * squares[0]
+    error = (stored.cpu().square() - squares).abs()
+    place = int(error.argmax())
+    good = bool((error <= 2 * norm).all())
+    relative = float(error[place] / squares[0])
+    return good, (
+        f"{spectrum.d} singular values, squares to {relative:.1e} of the largest"
+        if good
+        else f"singular value {place} is stored as {float(stored[place]):.6g}, is "
+        f"{float(spectrum.singular_values[place]):.6g}"
+    )
+
+
+def sine(a: Tensor, b: Tensor) -> float:
+    """Sine of the largest principal angle between two row spaces of the same dimension."""
+    first, second = (torch.linalg.qr(matrix.T)[0] for matrix in (a, b))
+    return float(torch.linalg.matrix_norm(second - first @ (first.T @ second), ord=2))
+
+
+def check_prefixes(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool, str]:
+    """Every prefix of half the width before it spans what the filter built anew spans there."""
+    expected = spectrum.projection(layer.metadata.band).to(torch.float64)
+    rows = layer.projection.detach().to("cpu", torch.float64)
+    k = rows.shape[0]
+    calibrated = layer.metadata.calibration is not None
+    indices = torch.as_tensor(layer.metadata.band.indices(spectrum.d))
+    worst, failed = 0.0, []
+    # Calibration mixes the directions, but never leaves the space of all of them.
+    for width in [k] if calibrated else [k >> i for i in range(k.bit_length())]:
+        kept = torch.zeros(spectrum.d, dtype=torch.bool)
+        kept[indices[:width]] = True
+        across = turn_bounds(spectrum, indices[:width])[:, ~kept]
+        angle = sine(rows[:width], expected[:width])
+        worst = max(worst, angle)
+        condition = MAX_CONDITION ** (layer.metadata.calibration.strength / 2) if calibrated else 1
+        if angle > float(across.square().sum().sqrt()) + 4 * FLOAT32 * math.sqrt(width) * condition:
+            failed.append(width)
+    if failed:
+        return False, f"another space at width {', '.join(map(str, failed))}: sine {worst:.1e}"
+    return True, f"the same space at every prefix: sine of the largest angle {worst:.1e}"
+
+
+def links_out(folder: Path) -> list[str]:
+    """Files and folders in a model folder that are links out of it."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            try:
+                check_inside(path, folder)
+            except (LinkError, OSError, RuntimeError):
+                found.append(path.relative_to(folder).as_posix())
+    return found
+
+
+def odd_numbers(config: Any, where: str = "") -> Iterator[str]:
+    """Numbers in a model's configuration with which no layer can compute: NaN, odd epsilons."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            name = f"{where}.{key}" if where else str(key)
+            small = key.endswith(("_eps", "_epsilon")) or key == "eps"
+            if small and value is not None and not (type(value) in (int, float) and 0 <= value <= 1):
+                yield f"{name} is {value!r:.40}"
+            elif key == "__float__" and value == "NaN":
+                yield f"{where} is NaN"
+            else:
+                yield from odd_numbers(value, name)
+    elif isinstance(config, list):
+        for i, value in enumerate(config):
+            yield from odd_numbers(value, f"{where}[{i}]")
+    elif isinstance(config, float) and math.isnan(config):
+        yield f"{where} is NaN"
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """The first tensor of a model that holds NaN or Inf; None if there is none."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_floating_point() and not all(
+            bool(torch.isfinite(part).all()) for part in value.detach().flatten().split(2**24)
+        ):
+            return name
+    return None

@@ -1,0 +1,171 @@
+"""The form of a saved folder: its names, and the pipelines that `save_pretrained` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from st_embfilter.errors import FormatError
+from st_embfilter.files.tensors import SAFETENSORS_FILE
+from st_embfilter.model.metadata import METADATA_FILE
+from st_embfilter.model.modules_file import MODULES_FILE
+
+CARD_FILE: Final = "README.md"
+RESULTS_FILE: Final = "results.jsonl"
+#: A section of the card that `st-embfilter lens --section` wrote.
+LENS_FILE: Final = "lens.md"
+
+TRANSFORMER_CONFIG: Final = "sentence_bert_config.json"
+MODEL_CONFIG: Final = "config_sentence_transformers.json"
+POOLING_CONFIG: Final = "1_Pooling/config.json"
+DENSE_CONFIG: Final = "2_Dense/config.json"
+DENSE_WEIGHTS: Final = f"2_Dense/{SAFETENSORS_FILE}"
+
+#: What no published folder can do without, beside the weights of the backbone and its tokenizer.
+FILTER_FILES: Final = (METADATA_FILE, "config.json", SAFETENSORS_FILE, CARD_FILE)
+PORTABLE_FILES: Final = (
+    MODULES_FILE,
+    TRANSFORMER_CONFIG,
+    MODEL_CONFIG,
+    POOLING_CONFIG,
+    DENSE_CONFIG,
+    DENSE_WEIGHTS,
+    METADATA_FILE,
+    CARD_FILE,
+    "config.json",
+)
+
+#: Modules that are saved with their code, by file. By name, because those that were loaded from
+#: such a folder are classes of their own.
+PLUGIN_CLASSES: Final = {
+    "EchoTransformer": "echo_pooling.py",
+    "EchoPooling": "echo_pooling.py",
+    "MetaEOLTransformer": "meta_eol.py",
+}
+
+POOLING_KEYS: Final = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+}
+
+_PLAIN: Final = "sentence_transformers.models."
+_FOLDERS: Final = ("", "1_Pooling", "2_Dense", "3_Normalize")
+
+
+def module_type(name: str) -> str:
+    """The type in `modules.json` of a module by its class name, e.g. "Pooling"."""
+    file = PLUGIN_CLASSES.get(name)
+    return f"{_PLAIN}{name}" if file is None else f"{file.removesuffix('.py')}.{name}"
+
+
+def modules_document(transformer: str, pooling: str, *, normalize: bool) -> list[dict[str, object]]:
+    """The content of `modules.json`.
+
+    Args:
+        transformer: Class name of the first module.
+        pooling: Class name of the second.
+        normalize: Whether embeddings are scaled to unit length at the end.
+    """
+    names = [transformer, pooling, "Dense", *(["Normalize"] if normalize else [])]
+    return [
+        {"idx": i, "name": str(i), "path": folder, "type": module_type(name)}
+        for i, (folder, name) in enumerate(zip(_FOLDERS, names, strict=False))
+    ]
+
+
+def plugin_files(modules: object) -> tuple[str, ...]:
+    """The code files that a pipeline of ours is saved with.
+
+    Args:
+        modules: Content of `modules.json`.
+
+    Raises:
+        FormatError: If `save_pretrained` writes no such pipeline. The order, the classes and the
+            folders all decide what sentence-transformers computes.
+    """
+    pairs = (
+        ("Transformer", "Pooling"),
+        ("EchoTransformer", "EchoPooling"),
+        ("MetaEOLTransformer", "Pooling"),
+    )
+    for pair in pairs:
+        for normalize in (False, True):
+            if modules == modules_document(*pair, normalize=normalize):
+                return tuple(dict.fromkeys(PLUGIN_CLASSES[n] for n in pair if n in PLUGIN_CLASSES))
+    raise FormatError(
+        f"{MODULES_FILE} must hold Transformer > Pooling > Dense [> Normalize] in the folders "
+        f"{', '.join(map(repr, _FOLDERS))} as save_pretrained writes them, got another pipeline"
+    )
+
+
+def check_transformer_config(config: Mapping[str, Any]) -> None:
+    """Checks what `sentence_bert_config.json` says.
+
+    Raises:
+        FormatError: For a key that is never written, or a value that cannot be.
+    """
+    _check_keys(
+        TRANSFORMER_CONFIG,
+        config,
+        {
+            "max_seq_length",
+            "do_lower_case",
+            "modality_config",
+            "module_output_name",
+            "prompt_token_ids",
+        },
+    )
+    check_length(config)
+    if config.get("module_output_name", "token_embeddings") != "token_embeddings":
+        raise FormatError(f"{TRANSFORMER_CONFIG}: module_output_name must be 'token_embeddings'")
+
+
+def check_length(config: Mapping[str, Any]) -> None:
+    """Checks the longest text that `sentence_bert_config.json` names.
+
+    Raises:
+        FormatError: If it is no number of tokens.
+    """
+    length = config.get("max_seq_length")
+    if length is not None and (type(length) is not int or not 1 <= length < 2**31):
+        raise FormatError(
+            f"{TRANSFORMER_CONFIG}: max_seq_length must be null or a number of tokens >= 1, got "
+            f"{length!r:.80}"
+        )
+
+
+def check_pooling_config(config: Mapping[str, Any], d: int) -> None:
+    """Checks what the configuration of `Pooling` says.
+
+    Args:
+        config: Content of `1_Pooling/config.json`.
+        d: Width of the token embeddings.
+
+    Raises:
+        FormatError: For a key that is never written, another width, or not exactly one mode.
+    """
+    _check_keys(
+        POOLING_CONFIG,
+        config,
+        {"word_embedding_dimension", "include_prompt", *POOLING_KEYS.values()},
+    )
+    modes = [config.get(key, False) for key in POOLING_KEYS.values()]
+    if config.get("word_embedding_dimension") != d or any(
+        type(mode) is not bool for mode in modes
+    ) or sum(modes) != 1:
+        raise FormatError(
+            f"{POOLING_CONFIG}: must name one mode and the width {d}, got {dict(config)!r:.200}"
+        )
+
+
+def _check_keys(file: str, config: Mapping[str, Any], known: Iterable[str]) -> None:
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        raise FormatError(
+            f"{file} must hold keys that save_pretrained writes, got {unknown[0]!r:.80}; other "
+            "keys change what sentence-transformers computes"
+        )
