@@ -20,13 +20,13 @@ if TYPE_CHECKING:
         calibrate_filter,
         filter_from_weight,
         from_causal_lm,
-        load,
         stack_filter,
     )
     from st_embfilter.model.layer import EmbedFilterLayer
     from st_embfilter.model.prompts import Echo, MetaEOL, PromptEOL
     from st_embfilter.model.sampling import sample_texts
     from st_embfilter.saved.folder import push_to_hub, save_pretrained
+    from st_embfilter.saved.load import load
     from st_embfilter.spectrum.band import Band
     from st_embfilter.spectrum.gram import Spectrum
 
@@ -67,7 +67,7 @@ _load = lazy_names(
         "calibrate_filter": "model.build",
         "filter_from_weight": "model.build",
         "from_causal_lm": "model.build",
-        "load": "model.build",
+        "load": "saved.load",
         "sample_texts": "model.sampling",
         "push_to_hub": "saved.folder",
         "save_pretrained": "saved.folder",

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import st_embfilter
 from st_embfilter.errors import EmbedFilterError, FormatError, PlacementError, UnembeddingError
-from st_embfilter.model.build import build_filter, load_filter
+from st_embfilter.model.build import build_filter
+from st_embfilter.saved.load import load_filter
 from tests.conftest import tiny_lm
 
 WEIGHTS = "model.safetensors"

@@ -36,8 +36,9 @@ def bench(
     collection = (
         Collection.of_texts(texts) if texts is not None else Collection.of_beir(str(retrieval))
     )
-    from st_embfilter.model.build import from_causal_lm, load
+    from st_embfilter.model.build import from_causal_lm
     from st_embfilter.model.find import find_filter
+    from st_embfilter.saved.load import load
     from st_embfilter.unembedding.source import Source
 
     source = Source(model)

@@ -19,8 +19,8 @@ def inspect(
 ) -> None:
     """Show backbone, window, spectrum and hashes of a filtered model."""
     quiet_libraries(model, quiet=False)
-    from st_embfilter.model.build import load_filter
     from st_embfilter.model.prompts import describe_recipe, recipe_from_dict
+    from st_embfilter.saved.load import load_filter
 
     layer = load_filter(model)
     prompt = layer.metadata.prompt

@@ -23,8 +23,9 @@ from st_embfilter.evaluation.metrics import (
 )
 from st_embfilter.lens.tokens import logit_lens
 from st_embfilter.model.backbone import load_backbone
-from st_embfilter.model.build import from_causal_lm, load_filter
+from st_embfilter.model.build import from_causal_lm
 from st_embfilter.saved.folder import save_pretrained
+from st_embfilter.saved.load import load_filter
 from st_embfilter.text import read_json
 from st_embfilter.unembedding.source import Source
 

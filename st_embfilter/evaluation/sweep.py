@@ -20,9 +20,10 @@ from st_embfilter.evaluation.bootstrap import Floats, Outcome, interval, replica
 from st_embfilter.evaluation.tasks import Releasable, Task
 from st_embfilter.evaluation.vectors import Vectors, VectorStore
 from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH
-from st_embfilter.model.build import from_causal_lm, load
+from st_embfilter.model.build import from_causal_lm
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import EmbedFilterLayer, filter_of
+from st_embfilter.saved.load import load
 from st_embfilter.saved.results import Result
 from st_embfilter.spectrum.gram import Spectrum
 from st_embfilter.unembedding.source import Source

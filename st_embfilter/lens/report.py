@@ -26,10 +26,11 @@ from st_embfilter.lens.anisotropy import Anisotropy, anisotropy
 from st_embfilter.lens.counts import SMOOTHING, TokenCounts
 from st_embfilter.lens.spectroscopy import Spectroscopy, optimal_band, spectroscopy_of_counts
 from st_embfilter.lens.tokens import logit_lens, pooled_embeddings, visible
-from st_embfilter.model.build import from_causal_lm, load
+from st_embfilter.model.build import from_causal_lm
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import FEATURE, EmbedFilterLayer, filter_of
 from st_embfilter.model.metadata import FilterMetadata
+from st_embfilter.saved.load import load
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import Spectrum
 from st_embfilter.text import first_line, template

@@ -12,15 +12,12 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Module, Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Module, Normalize, Pooling
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from st_embfilter.errors import (
-    BackboneError,
     CalibrationError,
-    EmbedFilterError,
-    FormatError,
     HubError,
     PlacementError,
     PromptError,
@@ -28,7 +25,7 @@ from st_embfilter.errors import (
     ShapeError,
     UnembeddingError,
 )
-from st_embfilter.files.hub import is_repo_id, model_files
+from st_embfilter.files.hub import is_repo_id
 from st_embfilter.model.backbone import (
     DEFAULT_MAX_SEQ_LENGTH,
     backbone_model,
@@ -39,12 +36,6 @@ from st_embfilter.model.backbone import (
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import EmbedFilterLayer, check_placement, filter_of
 from st_embfilter.model.metadata import FilterMetadata
-from st_embfilter.model.modules_file import (
-    MODULES_FILE,
-    check_dense_config,
-    filter_module,
-    parse_modules,
-)
 from st_embfilter.model.prompts import Encoding, Recipe, parse_prompt
 from st_embfilter.model.sampling import sample_texts
 from st_embfilter.model.tokenizer import apply_recipe, modality_config, transformer_class
@@ -59,13 +50,10 @@ from st_embfilter.spectrum.whitening import (
     moments,
     texts_hash,
 )
-from st_embfilter.text import first_line
 from st_embfilter.unembedding.matrix import Progress, Unembedding, unembedding_of_tensor
 from st_embfilter.unembedding.source import Source, UnembeddingSource, open_unembedding
 
 POOLING_MODES = Pooling.POOLING_MODES
-
-_HUB_ARGUMENTS = ("token", "cache_folder", "revision", "local_files_only")
 
 
 def from_causal_lm(
@@ -408,96 +396,6 @@ def stack_filter(
         )
     insert_module(model, position, layer.to(model.device))
     return model
-
-
-def load(
-    path: str | os.PathLike[str] | Source,
-    *,
-    trust_remote_code: bool = False,
-    **kwargs: Any,
-) -> SentenceTransformer:
-    """Loads a saved filtered model with a live `EmbedFilterLayer`.
-
-    Args:
-        path: Folder or Hub id of a portable folder, or of a model that `SentenceTransformer` saved;
-            or a `Source`, which has a revision, a token and a trust of its own.
-        trust_remote_code: Needed for the latter form, as for any module outside
-            sentence-transformers.
-        **kwargs: Passed on to `SentenceTransformer`.
-
-    Raises:
-        FormatError: If the folder holds no filter, or its files contradict each other.
-    """
-    if isinstance(path, Source):
-        trust_remote_code = path.trust_remote_code
-        kwargs = {**path.for_sentence_transformers(), **kwargs}
-        path = path.name
-    name = os.fspath(path)
-    layer = check_saved(name, trust_remote_code=trust_remote_code, **kwargs)
-    try:
-        model = SentenceTransformer(name, trust_remote_code=trust_remote_code, **kwargs)
-    except EmbedFilterError:
-        raise
-    except Exception as error:  # files of strangers fail in many ways, all mean the same
-        raise BackboneError(
-            f"a saved model must load with sentence-transformers, got {name}: {first_line(error)}"
-        ) from error
-    if filter_of(model) is not None:
-        return model
-    children = list(model.children())
-    position = next(i for i, module in enumerate(children) if isinstance(module, Dense))
-    children[position] = layer.to(model.device)
-    check_placement(children)
-    _set_modules(model, dict(zip(dict(model.named_children()), children, strict=True)))
-    return model
-
-
-def check_saved(
-    path: str | os.PathLike[str], *, trust_remote_code: bool = False, **kwargs: Any
-) -> EmbedFilterLayer:
-    """Checks a saved filtered model as far as its small files go, and loads its filter.
-
-    Args:
-        path: Folder or Hub id of a filtered model, in either form.
-        trust_remote_code: Whether `modules.json` may name classes of other packages.
-        **kwargs: As in `load_filter`.
-
-    Raises:
-        FormatError: If there is no filter, or its files contradict each other.
-        PlacementError: If the filter stands in the wrong place.
-    """
-    where = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    files = model_files(path, **where)
-    modules_file = files.path(MODULES_FILE)
-    if modules_file is None:
-        raise FormatError(
-            f"a filtered model must hold {MODULES_FILE}, got none in {files.where}; build one with "
-            "from_causal_lm or `st-embfilter build`"
-        )
-    modules = parse_modules(modules_file.read_bytes())
-    module = filter_module(modules, trust_remote_code=trust_remote_code)
-    layer = load_filter(path, **kwargs)
-    config = files.path(f"{module.path}/config.json")
-    if config is None:
-        raise FormatError(f"a filtered model must hold {module.path}/config.json, got none")
-    d, k = layer.in_features, layer.out_features
-    check_dense_config(config.read_bytes(), d=d, k=k, bias=layer.bias)
-    return layer
-
-
-def load_filter(path: str | os.PathLike[str], **kwargs: Any) -> EmbedFilterLayer:
-    """Loads the filter of a saved model without its backbone.
-
-    Args:
-        path: Folder or Hub id of a filtered model, in either form.
-        **kwargs: token, cache_folder, revision and local_files_only, as in sentence-transformers;
-            others are ignored.
-
-    Raises:
-        FormatError: If there is no filter, or its files contradict each other.
-    """
-    where = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    return EmbedFilterLayer.from_pretrained(path, **where)
 
 
 def insert_module(model: SentenceTransformer, position: int, module: Module) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from st_embfilter.errors import FormatError, PlacementError, ShapeError
 from st_embfilter.files.hub import model_files, upload
 from st_embfilter.files.staging import staged
-from st_embfilter.files.tensors import SAFETENSORS_FILE
+from st_embfilter.files.tensors import SAFETENSORS_FILE, ModelFiles
 from st_embfilter.model.metadata import METADATA_FILE, SPECTRUM_FILE, FilterMetadata
 from st_embfilter.model.modules_file import IDENTITY
 
@@ -263,21 +263,7 @@ class EmbedFilterLayer(Module):
             cache_folder=cache_folder,
             local_files_only=local_files_only,
         )
-        for folder, metadata_folder in _FOLDERS:
-            metadata_file = files.path(f"{metadata_folder}{METADATA_FILE}")
-            weights_file = metadata_file and files.path(f"{folder}{SAFETENSORS_FILE}")
-            if metadata_file is None or weights_file is None:
-                continue
-            spectrum_file = files.path(f"{metadata_folder}{SPECTRUM_FILE}")
-            return assemble(
-                _load_file(weights_file),
-                _read_text(metadata_file),
-                None if spectrum_file is None else _load_file(spectrum_file),
-            )
-        raise FormatError(
-            f"a filtered model must hold {METADATA_FILE} and the weights of its filter, got none "
-            f"in {files.where}; build one with from_causal_lm or `st-embfilter build`"
-        )
+        return read_filter(files)
 
     def _fill(self, folder: Path, *name: str) -> None:
         self.save(str(folder))
@@ -359,6 +345,37 @@ def assemble(
                 f"descending, got {', '.join(sorted(spectrum)) or 'no tensor'}"
             )
     return EmbedFilterLayer(projection, metadata, singular_values, bias)
+
+
+def read_filter(files: ModelFiles, folder: str | None = None) -> EmbedFilterLayer:
+    """The filter among the files of a model, in any form.
+
+    Args:
+        files: Of a filtered model, or of a filter alone.
+        folder: Where its weights must lie, with a slash at the end; None for the first that is
+            found.
+
+    Raises:
+        FormatError: If there is no filter, or its files contradict each other.
+    """
+    for weights_folder, metadata_folder in _FOLDERS:
+        if folder not in (None, weights_folder):
+            continue
+        metadata_file = files.path(f"{metadata_folder}{METADATA_FILE}")
+        weights_file = metadata_file and files.path(f"{weights_folder}{SAFETENSORS_FILE}")
+        if metadata_file is None or weights_file is None:
+            continue
+        spectrum_file = files.path(f"{metadata_folder}{SPECTRUM_FILE}")
+        return assemble(
+            _load_file(weights_file),
+            _read_text(metadata_file),
+            None if spectrum_file is None else _load_file(spectrum_file),
+        )
+    where = "" if folder is None else f" in {folder!r:.80}, where modules.json places them"
+    raise FormatError(
+        f"a filtered model must hold {METADATA_FILE} and the weights of its filter{where}, got "
+        f"none in {files.where}; build one with from_causal_lm or `st-embfilter build`"
+    )
 
 
 def _skew(projection: Tensor) -> float:

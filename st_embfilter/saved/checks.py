@@ -63,8 +63,8 @@ def check_rows(layer: EmbedFilterLayer) -> tuple[bool, str]:
             f"calibrated: condition number {condition:.3g}, at most {limit:.3g} for its strength"
         )
     error = float((rows @ rows.T - torch.eye(rows.shape[0], dtype=rows.dtype)).abs().max())
-    # Each product of two rounded rows is off by 2 * 2^-24 at most.
-    return error <= 2 * FLOAT32, f"orthonormal to {error:.1e}"
+    # What an orthogonalisation in float32 leaves.
+    return error <= layer.in_features * FLOAT32, f"orthonormal to {error:.1e}"
 
 
 def check_directions(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool, str]:
@@ -150,17 +150,17 @@ def check_prefixes(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool, s
     expected = spectrum.projection(layer.metadata.band).to(torch.float64)
     rows = layer.projection.detach().to("cpu", torch.float64)
     k = rows.shape[0]
-    calibrated = layer.metadata.calibration is not None
+    record = layer.metadata.calibration
+    condition = 1.0 if record is None else MAX_CONDITION ** (record.strength / 2)
     indices = torch.as_tensor(layer.metadata.band.indices(spectrum.d))
     worst, failed = 0.0, []
     # Calibration mixes the directions, but never leaves the space of all of them.
-    for width in [k] if calibrated else [k >> i for i in range(k.bit_length())]:
+    for width in [k] if record is not None else [k >> i for i in range(k.bit_length())]:
         kept = torch.zeros(spectrum.d, dtype=torch.bool)
         kept[indices[:width]] = True
         across = turn_bounds(spectrum, indices[:width])[:, ~kept]
         angle = sine(rows[:width], expected[:width])
         worst = max(worst, angle)
-        condition = MAX_CONDITION ** (layer.metadata.calibration.strength / 2) if calibrated else 1
         if angle > float(across.square().sum().sqrt()) + 4 * FLOAT32 * math.sqrt(width) * condition:
             failed.append(width)
     if failed:
@@ -185,8 +185,8 @@ def odd_numbers(config: Any, where: str = "") -> Iterator[str]:
     if isinstance(config, dict):
         for key, value in config.items():
             name = f"{where}.{key}" if where else str(key)
-            small = key.endswith(("_eps", "_epsilon")) or key == "eps"
-            if small and value is not None and not (type(value) in (int, float) and 0 <= value <= 1):
+            small = value is not None and (key.endswith(("_eps", "_epsilon")) or key == "eps")
+            if small and not (type(value) in (int, float) and 0 <= value <= 1):
                 yield f"{name} is {value!r:.40}"
             elif key == "__float__" and value == "NaN":
                 yield f"{where} is NaN"

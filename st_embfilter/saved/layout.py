@@ -154,9 +154,11 @@ def check_pooling_config(config: Mapping[str, Any], d: int) -> None:
         {"word_embedding_dimension", "include_prompt", *POOLING_KEYS.values()},
     )
     modes = [config.get(key, False) for key in POOLING_KEYS.values()]
-    if config.get("word_embedding_dimension") != d or any(
-        type(mode) is not bool for mode in modes
-    ) or sum(modes) != 1:
+    if (
+        config.get("word_embedding_dimension") != d
+        or any(type(mode) is not bool for mode in modes)
+        or sum(modes) != 1
+    ):
         raise FormatError(
             f"{POOLING_CONFIG}: must name one mode and the width {d}, got {dict(config)!r:.200}"
         )

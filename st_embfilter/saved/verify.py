@@ -13,19 +13,20 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from st_embfilter.errors import EmbedFilterError, FormatError, HubError
-from st_embfilter.files.hub import model_files
-from st_embfilter.files.tensors import FolderFiles, ModelFiles
+from st_embfilter.files.tensors import ModelFiles
 from st_embfilter.model import echo_pooling
-from st_embfilter.model.build import calibrate_filter, check_saved, load
-from st_embfilter.model.layer import EmbedFilterLayer
+from st_embfilter.model.build import calibrate_filter
+from st_embfilter.model.layer import EmbedFilterLayer, read_filter
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.sampling import sample_texts
 from st_embfilter.saved import checks, layout
 from st_embfilter.saved.card import check_card, stated_base
+from st_embfilter.saved.load import load, read_saved
 from st_embfilter.spectrum.gram import Spectrum
 from st_embfilter.spectrum.whitening import different_texts, texts_hash
 from st_embfilter.text import first_line, read_json, shown
-from st_embfilter.unembedding.source import Source, Unembedding
+from st_embfilter.unembedding.matrix import Unembedding
+from st_embfilter.unembedding.source import Source
 
 #: Largest relative error of a calibration that was repeated: encoding rounds.
 CALIBRATION_TOLERANCE: Final = 1e-2
@@ -50,7 +51,7 @@ class Check:
 
     @property
     def word(self) -> str:
-        """ "ok", "FAILED" or "unproven"."""
+        """One of ok, FAILED and unproven."""
         return {True: "ok", False: "FAILED", None: "unproven"}[self.passed]
 
 
@@ -76,7 +77,7 @@ def verify(
         rebuild: Also compare the spaces of all prefixes with the filter built anew, repeat a
             calibration, and download the weights of a model on the Hub to check them.
         texts: What the filter was calibrated with, if not with texts of the model's own.
-        base: Folder or Hub id of the language model, for a filter alone that was made from a folder.
+        base: Folder or Hub id of the language model that a filter alone was made from.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
         trust_remote_code: Allow model code of the checkpoint to run.
@@ -110,7 +111,12 @@ class _Job:
     def checks(self) -> Iterator[Check]:
         try:
             alone = self.files.path(MODULES_FILE) is None
-            layer = self._layer(alone)
+            # Which classes and code there may be is checked below, whatever is trusted.
+            layer = (
+                read_filter(self.files, "")
+                if alone
+                else read_saved(self.files, trust_remote_code=True)
+            )
         except EmbedFilterError as error:
             yield Check("files", False, str(error))
             return
@@ -164,12 +170,6 @@ class _Job:
         if layer.metadata.calibration is not None:
             yield _attempt("calibration", lambda: self._calibration(spectrum, layer, alone))
 
-    def _layer(self, alone: bool) -> EmbedFilterLayer:
-        where = {"revision": self.source.revision, "token": self.source.token}
-        if alone:
-            return EmbedFilterLayer.from_pretrained(self.source.name, **where)
-        return check_saved(self.source.name, trust_remote_code=True, **where)
-
     def _links(self) -> tuple[bool, str]:
         found = checks.links_out(Path(self.source.name))
         if found:
@@ -195,7 +195,10 @@ class _Job:
         if odd is not None:
             return False, f"config.json: {shown(odd)}"
         if "auto_map" in config:
-            return None, "the backbone has code of its own, which runs with trust_remote_code; read it"
+            return (
+                None,
+                "the backbone has code of its own (trust_remote_code); read it",
+            )
         return True, "as save_pretrained writes them" + (
             f", with {', '.join(self.code)} of this package" if self.code else ""
         )

@@ -1,0 +1,118 @@
+"""Read what was saved: a filter, or a whole filtered model."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from typing import Any, Final
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
+
+from st_embfilter.errors import BackboneError, EmbedFilterError, FormatError
+from st_embfilter.files.tensors import ModelFiles
+from st_embfilter.model.layer import EmbedFilterLayer, check_placement, filter_of, read_filter
+from st_embfilter.model.modules_file import (
+    MODULES_FILE,
+    check_dense_config,
+    filter_module,
+    parse_modules,
+)
+from st_embfilter.saved.layout import TRANSFORMER_CONFIG, check_length
+from st_embfilter.text import first_line, read_json
+from st_embfilter.unembedding.source import Source
+
+_HUB_ARGUMENTS: Final = ("token", "cache_folder", "revision", "local_files_only")
+
+
+def load(
+    path: str | os.PathLike[str] | Source,
+    *,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> SentenceTransformer:
+    """Loads a saved filtered model with a live `EmbedFilterLayer`.
+
+    Args:
+        path: Folder or Hub id of a portable folder, or of a model that `SentenceTransformer` saved;
+            or a `Source`, which has a revision, a token and a trust of its own.
+        trust_remote_code: Needed for the latter form, as for any module outside
+            sentence-transformers.
+        **kwargs: Passed on to `SentenceTransformer`.
+
+    Raises:
+        FormatError: If the folder holds no filter, or its files contradict each other.
+        BackboneError: If sentence-transformers cannot load the rest.
+    """
+    if isinstance(path, Source):
+        source = path
+        kwargs = {**source.for_sentence_transformers(), **kwargs}
+    else:
+        where = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        source = Source(os.fspath(path), trust_remote_code=trust_remote_code, **where)
+    layer = read_saved(source.files, trust_remote_code=source.trust_remote_code)
+    if source.files.commit is not None:  # should the branch move meanwhile
+        kwargs["revision"] = source.files.commit
+    try:
+        model = SentenceTransformer(
+            source.name, trust_remote_code=source.trust_remote_code, **kwargs
+        )
+    except EmbedFilterError:
+        raise
+    except Exception as error:  # files of strangers fail in many ways, all mean the same
+        raise BackboneError(
+            "a saved model must load with sentence-transformers, got "
+            f"{source.name}: {first_line(error)}"
+        ) from error
+    if filter_of(model) is not None:
+        return model
+    children = list(model.children())
+    position = next(i for i, module in enumerate(children) if isinstance(module, Dense))
+    children[position] = layer.to(model.device)
+    check_placement(children)
+    model._modules = OrderedDict(zip(dict(model.named_children()), children, strict=True))
+    return model
+
+
+def read_saved(files: ModelFiles, *, trust_remote_code: bool = False) -> EmbedFilterLayer:
+    """The filter of a saved model, whose small files are held against it; no backbone is loaded.
+
+    Args:
+        files: Of a model in the portable form, or in that of sentence-transformers.
+        trust_remote_code: Whether `modules.json` may name classes of other packages.
+
+    Raises:
+        FormatError: If there is no filter, or its files contradict each other.
+        PlacementError: If the filter stands in the wrong place.
+    """
+    modules_file = files.path(MODULES_FILE)
+    if modules_file is None:
+        raise FormatError(
+            f"a filtered model must hold {MODULES_FILE}, got none in {files.where}; build one with "
+            "from_causal_lm or `st-embfilter build`"
+        )
+    modules = parse_modules(modules_file.read_bytes())
+    module = filter_module(modules, trust_remote_code=trust_remote_code)
+    layer = read_filter(files, f"{module.path}/")
+    config = files.path(f"{module.path}/config.json")
+    if config is None:
+        raise FormatError(f"a filtered model must hold {module.path}/config.json, got none")
+    d, k = layer.in_features, layer.out_features
+    check_dense_config(config.read_bytes(), d=d, k=k, bias=layer.bias)
+    lengths = files.path(TRANSFORMER_CONFIG)
+    if lengths is not None:
+        check_length(read_json(lengths.read_bytes(), TRANSFORMER_CONFIG, FormatError))
+    return layer
+
+
+def load_filter(path: str | os.PathLike[str], **options: Any) -> EmbedFilterLayer:
+    """Loads the filter of a saved model without its backbone, or a filter alone.
+
+    Args:
+        path: Folder or Hub id, in any form.
+        **options: Attributes of `Source`.
+
+    Raises:
+        FormatError: If there is no filter, or its files contradict each other.
+    """
+    return read_filter(Source(os.fspath(path), **options).files)
