@@ -27,7 +27,7 @@ from st_embfilter.evaluation.bootstrap import Outcome, paired_interval
 from st_embfilter.evaluation.sweep import Filtered, RawModel, raw_model
 from st_embfilter.evaluation.tasks import Task
 from st_embfilter.evaluation.vectors import VectorStore
-from st_embfilter.model.sampling import sample_texts
+from st_embfilter.model.calibrate import sample_texts
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.whitening import affine_map, moments
 

@@ -14,17 +14,11 @@ from st_embfilter.text import lazy_names
 
 if TYPE_CHECKING:
     from st_embfilter.errors import EmbedFilterError
-    from st_embfilter.model.build import (
-        add_filter,
-        build_filter,
-        calibrate_filter,
-        filter_from_weight,
-        from_causal_lm,
-        stack_filter,
-    )
+    from st_embfilter.model.attach import add_filter, stack_filter
+    from st_embfilter.model.build import build_filter, filter_from_weight, from_causal_lm
+    from st_embfilter.model.calibrate import calibrate_filter, sample_texts
     from st_embfilter.model.layer import EmbedFilterLayer
     from st_embfilter.model.prompts import Echo, MetaEOL, PromptEOL
-    from st_embfilter.model.sampling import sample_texts
     from st_embfilter.saved.folder import push_to_hub, save_pretrained
     from st_embfilter.saved.load import load
     from st_embfilter.spectrum.band import Band
@@ -62,16 +56,16 @@ _load = lazy_names(
         "MetaEOL": "model.prompts",
         "PromptEOL": "model.prompts",
         "Spectrum": "spectrum.gram",
-        "add_filter": "model.build",
+        "add_filter": "model.attach",
         "build_filter": "model.build",
-        "calibrate_filter": "model.build",
+        "calibrate_filter": "model.calibrate",
         "filter_from_weight": "model.build",
         "from_causal_lm": "model.build",
         "load": "saved.load",
-        "sample_texts": "model.sampling",
+        "sample_texts": "model.calibrate",
         "push_to_hub": "saved.folder",
         "save_pretrained": "saved.folder",
-        "stack_filter": "model.build",
+        "stack_filter": "model.attach",
     },
 )
 

@@ -131,7 +131,7 @@ import st_embfilter
 
 def answer(model, texts, queue):
     weight = torch.arange(600.0).sin().view(100, 6)
-    layer = st_embfilter.filter_from_weight(weight)  # numpy, scipy and threads after the fork
+    layer = st_embfilter.build_filter(weight)  # numpy, scipy and threads after the fork
     queue.put((model.encode(texts), layer.projection.numpy()))
 
 def load(folder, texts, queue):

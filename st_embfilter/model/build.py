@@ -1,56 +1,30 @@
-"""Build filters and filtered models."""
+"""Build filters, and filtered models of them."""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Module, Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from st_embfilter.errors import (
-    CalibrationError,
-    HubError,
-    PlacementError,
-    PromptError,
-    ProvenanceError,
-    ShapeError,
-    UnembeddingError,
-)
-from st_embfilter.files.hub import is_repo_id
-from st_embfilter.model.backbone import (
-    DEFAULT_MAX_SEQ_LENGTH,
-    backbone_model,
-    load_backbone,
-    measured_width,
-    source_name,
-)
+from st_embfilter.errors import CalibrationError, PlacementError, PromptError, ShapeError
+from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH, load_backbone, measured_width
+from st_embfilter.model.calibrate import calibrate_filter, sample_texts
 from st_embfilter.model.find import find_filter
-from st_embfilter.model.layer import EmbedFilterLayer, check_placement, filter_of
+from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.prompts import Encoding, Recipe, parse_prompt
-from st_embfilter.model.sampling import sample_texts
 from st_embfilter.model.tokenizer import apply_recipe, modality_config, transformer_class
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import Precision
-from st_embfilter.spectrum.whitening import (
-    DEFAULT_STRENGTH,
-    Calibration,
-    affine_map,
-    check_strength,
-    different_texts,
-    moments,
-    texts_hash,
-)
-from st_embfilter.unembedding.matrix import Progress, Unembedding, unembedding_of_tensor
+from st_embfilter.spectrum.whitening import DEFAULT_STRENGTH, check_strength
+from st_embfilter.unembedding.matrix import Unembedding
 from st_embfilter.unembedding.source import Source, UnembeddingSource, open_unembedding
 
 POOLING_MODES = Pooling.POOLING_MODES
@@ -90,21 +64,23 @@ def from_causal_lm(
             for plain text).
         keep: Ratio of directions kept in (0, 1], or their number as an int; None for 0.5, or for
             the keep of a `Band`.
-        band: Which ones, see `Band`; "bulk" is the paper's.
-        normalize: Scale embeddings to unit length after the filter.
-        calibrate: None for the paper's method; "self" to centre and whiten with texts that the
-            model writes itself, or a sequence of texts to do it with; see `calibrate_filter`.
-        calibration_strength: In [0, 1].
+        band: The directions that are kept, see `Band`; "bulk" is the paper's.
+        normalize: Whether embeddings are scaled to unit length after the filter.
+        calibrate: Texts to centre and whiten with, see `calibrate_filter`, or "self" for texts
+            that the model writes itself; None for the paper's method, without.
+        calibration_strength: Strength of the whitening in [0, 1].
         calibration_size: Number of texts that the model writes.
-        calibration_seed: Of their sampling.
+        calibration_seed: Seed of the sampling of those texts.
         max_seq_length: Longest text in tokens, its prompt included; None for the model's own limit.
-        device: Where the model runs, and on "cuda" the spectrum too; None for the best at hand.
-        dtype: Of the backbone, as in transformers. The filter is float32 in any case.
+        device: Device on which the model runs, and on "cuda" the spectrum is computed; None for
+            the best at hand.
+        dtype: Dtype of the backbone, as in transformers. The filter is float32 in any case.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
-        masked_lm: Take a masked language model and its decoder matrix; outside the paper.
-        trust_remote_code: Allow model code of the checkpoint to run.
-        show_progress_bar: Show a bar while the unembedding matrix is read.
+        masked_lm: Whether the model is a masked language model, whose decoder matrix is taken;
+            outside the paper.
+        trust_remote_code: Whether model code of the checkpoint may run.
+        show_progress_bar: Whether a bar is shown while the unembedding matrix is read.
 
     Returns:
         Transformer, Pooling, EmbedFilterLayer and, if asked for, Normalize.
@@ -139,11 +115,11 @@ def from_causal_lm(
         modality_config=modality_config(recipe),
     )
     where = device if device is not None and device.startswith("cuda") else "cpu"
-    layer = _fit_filter(unembedding, chosen, None, where, show_progress_bar)
+    layer = fit_filter(unembedding, chosen, device=where, show_progress_bar=show_progress_bar)
     width = backbone.get_embedding_dimension()
     if width != layer.in_features:  # the config may name the width of the layers, not the output's
         width = measured_width(backbone)
-    _check_width(layer, width)
+    check_width(layer, width)
     if recipe is None:
         pool = Pooling(width, pooling or "mean")
     else:
@@ -188,7 +164,7 @@ def _check_plain(source: Source) -> None:
 
 
 def build_filter(
-    name_or_path: str | os.PathLike[str] | Source,
+    source: UnembeddingSource,
     *,
     keep: float | int | None = None,
     band: str | Band = "bulk",
@@ -203,17 +179,19 @@ def build_filter(
     """The filter of a language model; reads its unembedding matrix and nothing else.
 
     Args:
-        name_or_path: Folder or Hub id of a causal language model or a PEFT adapter; or a GGUF file.
+        source: Folder or Hub id of a causal language model or a PEFT adapter; a GGUF file; a live
+            transformers model with its head; or W_U itself, (V, d), any floating dtype, not
+            centred, all rows.
         keep: Ratio of directions kept in (0, 1], or their number as an int; None for 0.5, or for
             the keep of a `Band`.
-        band: Which ones, see `Band`.
+        band: The directions that are kept, see `Band`.
         precision: Arithmetic of the Gram matrix, see `Unembedding.fit`.
-        device: Where the Gram matrix is computed.
+        device: Device on which the Gram matrix is computed.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
-        masked_lm: Take the decoder matrix of a masked language model; outside the paper.
-        trust_remote_code: Allow model code of the checkpoint to run.
-        show_progress_bar: Show a bar while the unembedding matrix is read.
+        masked_lm: Whether the model is a masked language model; outside the paper.
+        trust_remote_code: Whether model code of the checkpoint may run.
+        show_progress_bar: Whether a bar is shown while the unembedding matrix is read.
 
     Raises:
         BandError: If the band does not fit; nothing has been read then but the shape.
@@ -221,283 +199,85 @@ def build_filter(
     """
     chosen = Band.parse(band, keep)
     unembedding = open_unembedding(
-        name_or_path,
+        source,
         revision=revision,
         token=token,
         masked_lm=masked_lm,
         trust_remote_code=trust_remote_code,
     )
-    return _fit_filter(unembedding, chosen, precision, device, show_progress_bar)
+    return fit_filter(
+        unembedding,
+        chosen,
+        precision=precision,
+        device=device,
+        show_progress_bar=show_progress_bar,
+    )
 
 
 def filter_from_weight(
     weight: Tensor, *, keep: float | int | None = None, band: str | Band = "bulk"
 ) -> EmbedFilterLayer:
-    """The filter of an unembedding matrix in memory, in float64 arithmetic.
+    """The former name of `build_filter(weight)`; goes with the next release.
 
     Args:
         weight: W_U, (V, d), any floating dtype; not centred, all rows.
         keep: Ratio of directions kept in (0, 1], or their number as an int; None for 0.5, or for
             the keep of a `Band`.
-        band: Which ones, see `Band`.
+        band: The directions that are kept, see `Band`.
     """
-    return _fit_filter(
-        unembedding_of_tensor(weight), Band.parse(band, keep), "float64", "cpu", False
+    warnings.warn(
+        "filter_from_weight(weight) is now build_filter(weight)", DeprecationWarning, stacklevel=2
     )
+    return build_filter(weight, keep=keep, band=band, precision="float64", show_progress_bar=False)
 
 
-def add_filter(
-    model: SentenceTransformer,
-    *,
-    keep: float | int | None = None,
-    band: str | Band = "bulk",
-    unembedding: UnembeddingSource | None = None,
-    trust_remote_code: bool = False,
-    show_progress_bar: bool = True,
-) -> SentenceTransformer:
-    """Inserts a filter into an existing model with a decoder backbone, after its pooling.
-
-    Args:
-        model: Changed in place.
-        keep: Ratio of directions kept in (0, 1], or their number as an int; None for 0.5, or for
-            the keep of a `Band`.
-        band: Which ones, see `Band`.
-        unembedding: Where W_U comes from; None for the checkpoint of the model's backbone, or the
-            live input embedding where that is gone and the two are tied.
-        trust_remote_code: Allow model code of the checkpoint to run.
-        show_progress_bar: Show a bar while the unembedding matrix is read.
-
-    Returns:
-        The same model.
-
-    Raises:
-        PlacementError: If the model has a filter already, or no place for one.
-        ShapeError: If the widths do not fit.
-    """
-    chosen = Band.parse(band, keep)
-    position = _position(model)
-    if unembedding is None:
-        source = _own_unembedding(model, trust_remote_code)
-    else:
-        source = open_unembedding(unembedding, trust_remote_code=trust_remote_code)
-    layer = _fit_filter(source, chosen, None, "cpu", show_progress_bar)
-    _check_width(layer, backbone_width(model))
-    insert_module(model, position, layer.to(model.device))
-    return model
-
-
-def calibrate_filter(
-    model: SentenceTransformer,
-    texts: Sequence[str],
-    *,
-    strength: float = DEFAULT_STRENGTH,
-    seed: int | None = None,
-    batch_size: int = 32,
-    show_progress_bar: bool = True,
-) -> SentenceTransformer:
-    """Centres and whitens a model's filtered embeddings with the moments of some texts.
-
-    The texts are encoded as the model encodes, without its default prompt and before Normalize. The
-    map is folded into the filter, which stays one linear layer, now with a bias.
-
-    Args:
-        model: A filtered model; changed in place.
-        texts: Texts like those to embed, or `sample_texts` of the model's own. Empty and repeated
-            ones are dropped.
-        strength: In [0, 1]; 0 leaves the embeddings as they are, 1 whitens in full.
-        seed: Of `sample_texts`, if the texts come from there, for the record.
-        batch_size: Of the encoding.
-        show_progress_bar: Show a bar while the texts are encoded.
-
-    Returns:
-        The same model.
-
-    Raises:
-        CalibrationError: If the texts are too few or their embeddings unfit, or the model is
-            calibrated already.
-    """
-    strength = check_strength(strength)
-    texts = different_texts(texts)
-    layer = filter_of(model)
-    if layer is None:
-        raise PlacementError("calibration needs a filtered model, got none; use add_filter first")
-    if layer.metadata.calibration is not None:
-        raise CalibrationError(
-            "a filter is calibrated at most once, got a calibrated one; build the filter anew"
-        )
-    children = list(model.children())
-    position = children.index(layer)
-    pipeline = SentenceTransformer(modules=children[: position + 1], device=str(model.device))
-    embeddings = pipeline.encode(
-        texts,
-        batch_size=batch_size,
-        show_progress_bar=show_progress_bar and sys.stderr.isatty(),
-        convert_to_tensor=True,
-    )
-    estimate = moments(embeddings)
-    matrix, bias = affine_map(estimate, strength)
-    record = Calibration(
-        source="texts" if seed is None else "self",
-        texts=len(texts),
-        sha256=texts_hash(texts),
-        strength=strength,
-        shrinkage=estimate.shrinkage,
-        seed=seed,
-    )
-    children[position] = EmbedFilterLayer(
-        matrix @ layer.projection.detach().to("cpu", torch.float64),
-        replace(layer.metadata, calibration=record),
-        layer.singular_values,
-        bias,
-    ).to(model.device)
-    _set_modules(model, dict(zip(dict(model.named_children()), children, strict=True)))
-    return model
-
-
-def stack_filter(
-    model: SentenceTransformer,
-    layer: EmbedFilterLayer | str | os.PathLike[str],
-    *,
-    unembedding: UnembeddingSource | None = None,
-    trust_remote_code: bool = False,
-) -> SentenceTransformer:
-    """Inserts a ready filter into a model with the unembedding matrix that it was made from.
-
-    Args:
-        model: Changed in place.
-        layer: The filter, or where to load it from (see `EmbedFilterLayer.from_pretrained`).
-        unembedding: Where the model's W_U comes from, see `add_filter`; it is read to be hashed.
-        trust_remote_code: Allow model code of the checkpoint to run.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ProvenanceError: If the filter was made from another unembedding matrix.
-        PlacementError: If the model has a filter already, or no place for one.
-        ShapeError: If the widths do not fit.
-    """
-    if not isinstance(layer, EmbedFilterLayer):
-        layer = EmbedFilterLayer.from_pretrained(layer)
-    position = _position(model)
-    _check_width(layer, backbone_width(model))
-    if unembedding is None:
-        source = _own_unembedding(model, trust_remote_code)
-    else:
-        source = open_unembedding(unembedding, trust_remote_code=trust_remote_code)
-    made_from = layer.metadata.provenance
-    found = source.provenance(getattr(torch, made_from.dtype, None))
-    if found.sha256 != made_from.sha256:
-        raise ProvenanceError(
-            f"a filter must be made from the unembedding matrix of its model, got a filter from "
-            f"{made_from.tensor!r} of {made_from.model_id} (sha256 {made_from.sha256}) for "
-            f"{found.tensor!r} of {found.model_id} (sha256 {found.sha256}); build one for this "
-            "model with add_filter"
-        )
-    insert_module(model, position, layer.to(model.device))
-    return model
-
-
-def insert_module(model: SentenceTransformer, position: int, module: Module) -> None:
-    """Inserts a module into the pipeline; names of the others move on where they are numbers."""
-    named = list(model.named_children())
-    numbered = all(name.isdigit() for name, _ in named)
-    renamed: dict[str, nn.Module] = {}
-    kwargs_by_name = dict(getattr(model, "module_kwargs", None) or {})
-    moved: dict[str, Any] = {}
-    for i, (name, child) in enumerate([*named[:position], ("", module), *named[position:]]):
-        new_name = str(i) if numbered else name or "embfilter"
-        renamed[new_name] = child
-        if name in kwargs_by_name:
-            moved[new_name] = kwargs_by_name[name]
-    check_placement(renamed.values())
-    _set_modules(model, renamed)
-    if kwargs_by_name:
-        model.module_kwargs = moved
-
-
-def backbone_width(model: SentenceTransformer) -> int:
-    """Width of the model's pooled embeddings."""
-    for module in model.children():
-        if isinstance(module, Pooling):
-            return int(module.pooling_output_dimension)
-    raise PlacementError(
-        "EmbedFilterLayer must stand after Pooling, got a model without Pooling: "
-        + " > ".join(type(module).__name__ for module in model.children())
-    )
-
-
-def _fit_filter(
+def fit_filter(
     unembedding: Unembedding,
     band: Band,
-    precision: Precision | None,
-    device: torch.device | str,
-    show_progress_bar: bool,
+    *,
+    precision: Precision | None = None,
+    device: torch.device | str = "cpu",
+    show_progress_bar: bool = True,
 ) -> EmbedFilterLayer:
-    band.width(unembedding.d)  # a band that does not fit is an error before anything is read
-    with _progress(unembedding, show_progress_bar) as progress:
+    """The filter of a matrix that was found: its spectrum, and the directions that a band keeps.
+
+    Args:
+        unembedding: W_U, (V, d); read once, block by block, and hashed on the way.
+        band: The directions that are kept.
+        precision: Arithmetic of the Gram matrix, see `Unembedding.fit`.
+        device: Device on which the Gram matrix is computed.
+        show_progress_bar: Whether a bar is shown, where a person watches.
+
+    Raises:
+        BandError: If the band does not fit; nothing has been read then but the shape.
+    """
+    band.width(unembedding.d)
+    with tqdm(
+        total=unembedding.stored.nbytes,
+        unit="B",
+        unit_scale=True,
+        desc=f"Spectrum of {unembedding.stored.name}",
+        disable=None if show_progress_bar else True,
+    ) as bar:
         spectrum, provenance = unembedding.fit(
-            band, precision=precision, device=device, progress=progress
+            band,
+            precision=precision,
+            device=device,
+            progress=lambda done, total: bar.update(max(0, done - bar.n)),
         )
     return EmbedFilterLayer(
         spectrum.projection(band), FilterMetadata(provenance, band), spectrum.singular_values
     )
 
 
-@contextmanager
-def _progress(unembedding: Unembedding, show: bool) -> Iterator[Progress]:
-    with tqdm(
-        total=unembedding.stored.nbytes,
-        unit="B",
-        unit_scale=True,
-        desc=f"Spectrum of {unembedding.stored.name}",
-        disable=None if show else True,  # None: only where a person watches
-    ) as bar:
+def check_width(layer: EmbedFilterLayer, width: int | None) -> None:
+    """Checks that a filter takes embeddings of this width.
 
-        def update(done: int, total: int) -> None:
-            bar.update(done - bar.n if done > bar.n else 0)
-
-        yield update
-
-
-def _own_unembedding(model: SentenceTransformer, trust_remote_code: bool) -> Unembedding:
-    inner = backbone_model(model)
-    config = getattr(inner, "config", None)
-    name = source_name(model)
-    unreachable: HubError | None = None
-    if name is not None and (os.path.isdir(name) or is_repo_id(name)):
-        commit = getattr(config, "_commit_hash", None)
-        try:
-            return open_unembedding(name, revision=commit, trust_remote_code=trust_remote_code)
-        except HubError as error:
-            unreachable = error
-    embedding = getattr(inner, "get_input_embeddings", lambda: None)()
-    if getattr(config, "tie_word_embeddings", False) and embedding is not None:
-        return Unembedding(unembedding_of_tensor(embedding.weight).stored, True, name)
-    raise UnembeddingError(
-        "the model must have a checkpoint to read its unembedding matrix from, got a backbone "
-        f"from {name!r} whose head is not in memory; pass unembedding="
-    ) from unreachable
-
-
-def _position(model: SentenceTransformer) -> int:
-    if filter_of(model) is not None:
-        raise PlacementError(
-            "a model holds one EmbedFilterLayer at most, got a model that has one; build the "
-            "filter anew from the unfiltered model"
-        )
-    modules = list(model.children())
-    backbone_width(model)
-    return next(i for i, module in enumerate(modules) if isinstance(module, Pooling)) + 1
-
-
-def _check_width(layer: EmbedFilterLayer, width: int | None) -> None:
+    Raises:
+        ShapeError: Names both widths.
+    """
     if layer.in_features != width:
         raise ShapeError(
             f"the unembedding matrix must be as wide as the pooled embedding, got {width} for the "
             f"embedding and {layer.in_features} for {layer.metadata.provenance.tensor!r}"
         )
-
-
-def _set_modules(model: SentenceTransformer, modules: dict[str, nn.Module]) -> None:
-    model._modules = OrderedDict(modules)

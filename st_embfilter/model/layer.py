@@ -479,7 +479,7 @@ import st_embfilter
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{source.model_id or "my-decoder-model"}")
-st_embfilter.stack_filter(model, "{name}")
+st_embfilter.add_filter(model, "{name}")
 ```
 """
 

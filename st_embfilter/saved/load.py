@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from typing import Any, Final
 
 from sentence_transformers import SentenceTransformer
@@ -11,13 +10,14 @@ from sentence_transformers.sentence_transformer.modules import Dense
 
 from st_embfilter.errors import BackboneError, EmbedFilterError, FormatError
 from st_embfilter.files.tensors import ModelFiles
-from st_embfilter.model.layer import EmbedFilterLayer, check_placement, filter_of, read_filter
+from st_embfilter.model.layer import EmbedFilterLayer, filter_of, read_filter
 from st_embfilter.model.modules_file import (
     MODULES_FILE,
     check_dense_config,
     filter_module,
     parse_modules,
 )
+from st_embfilter.model.pipeline import replace_module
 from st_embfilter.saved.layout import TRANSFORMER_CONFIG, check_length
 from st_embfilter.text import first_line, read_json
 from st_embfilter.unembedding.source import Source
@@ -66,11 +66,8 @@ def load(
         ) from error
     if filter_of(model) is not None:
         return model
-    children = list(model.children())
-    position = next(i for i, module in enumerate(children) if isinstance(module, Dense))
-    children[position] = layer.to(model.device)
-    check_placement(children)
-    model._modules = OrderedDict(zip(dict(model.named_children()), children, strict=True))
+    dense = next(module for module in model.children() if isinstance(module, Dense))
+    replace_module(model, dense, layer)
     return model
 
 

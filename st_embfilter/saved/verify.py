@@ -15,10 +15,9 @@ from transformers import AutoModel
 from st_embfilter.errors import EmbedFilterError, FormatError, HubError
 from st_embfilter.files.tensors import ModelFiles
 from st_embfilter.model import echo_pooling
-from st_embfilter.model.build import calibrate_filter
+from st_embfilter.model.calibrate import calibrate_filter, sample_texts
 from st_embfilter.model.layer import EmbedFilterLayer, read_filter
 from st_embfilter.model.modules_file import MODULES_FILE
-from st_embfilter.model.sampling import sample_texts
 from st_embfilter.saved import checks, layout
 from st_embfilter.saved.card import check_card, stated_base
 from st_embfilter.saved.load import load, read_saved

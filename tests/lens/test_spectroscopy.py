@@ -151,11 +151,11 @@ def test_the_order_is_saved_and_rebuilds_the_filter() -> None:
     weight, _, counts = with_frequent_direction()
     unembedding, spectrum = unembedding_of_tensor(weight), spectrum_of_weight(weight)
     shift = spectroscopy_of_counts(unembedding, spectrum, counts).shifts["frequent"]
-    layer = st_embfilter.filter_from_weight(weight, band=optimal_band(shift, 0.25))
+    layer = st_embfilter.build_filter(weight, band=optimal_band(shift, 0.25))
     text = layer.metadata.to_json()
     read = FilterMetadata.from_json(text)
     assert read == layer.metadata
-    rebuilt = st_embfilter.filter_from_weight(weight, band=read.band)
+    rebuilt = st_embfilter.build_filter(weight, band=read.band)
     assert torch.equal(rebuilt.projection, layer.projection)
     again = spectroscopy_of_counts(unembedding, spectrum_of_weight(weight), counts)
     assert optimal_band(again.shifts["frequent"], 0.25) == read.band

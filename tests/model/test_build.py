@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import (
+    Dense,
+    LayerNorm,
+    Normalize,
+    Pooling,
+    Transformer,
+)
 
 import st_embfilter
 from st_embfilter.errors import (
@@ -193,6 +199,50 @@ def test_add_filter_refuses_another_width(make_lm: MakeLM) -> None:
     folder, _ = make_lm()
     with pytest.raises(ShapeError, match="got 32 for the embedding and 24 for 'weight'"):
         st_embfilter.add_filter(plain(folder), unembedding=torch.randn(100, 24))
+
+
+def test_add_filter_takes_a_ready_filter(make_lm: MakeLM, tmp_path: Path) -> None:
+    folder, _ = make_lm()
+    built = st_embfilter.build_filter(folder, keep=0.25)
+    path = built.save_pretrained(tmp_path / "filter")
+    expected = st_embfilter.add_filter(plain(folder), keep=0.25).encode(["the light"])
+    for ready in (built, path, str(path)):
+        model = st_embfilter.add_filter(plain(folder), ready)
+        assert same(model.encode(["the light"]), expected)
+    for beside in ({"keep": 0.25}, {"band": "dominant"}):
+        with pytest.raises(BandError, match="a ready filter has a band and a width of its own"):
+            st_embfilter.add_filter(plain(folder), built, **beside)
+
+
+def test_the_former_names_still_work(make_lm: MakeLM) -> None:
+    folder, lm = make_lm(tie_word_embeddings=False)
+    with pytest.warns(DeprecationWarning, match=r"is now build_filter\(weight\)"):
+        layer = st_embfilter.filter_from_weight(lm.lm_head.weight)
+    assert torch.equal(layer.projection, st_embfilter.build_filter(lm).projection)
+    with pytest.warns(DeprecationWarning, match=r"is now add_filter\(model, filter\)"):
+        model = st_embfilter.stack_filter(plain(folder), layer)
+    assert filter_of(model) is layer
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_add_filter_to_a_filtered_model_that_is_loaded_plainly(
+    make_lm: MakeLM, tmp_path: Path, keep: float
+) -> None:
+    folder, _ = make_lm()
+    model = st_embfilter.from_causal_lm(folder, keep=keep, normalize=True, device="cpu")
+    path = st_embfilter.save_pretrained(model, tmp_path / "saved")
+    loaded = SentenceTransformer(str(path), device="cpu")
+    modules = list(loaded.children())
+    with pytest.raises(PlacementError, match=r"Dense moves them to another space; .*load brings"):
+        st_embfilter.add_filter(loaded)
+    assert list(loaded.children()) == modules
+
+
+def test_add_filter_to_a_model_with_a_trained_layer(make_lm: MakeLM) -> None:
+    folder, _ = make_lm()
+    for layer in (Dense(32, 32), LayerNorm(32)):
+        with pytest.raises(PlacementError, match=type(layer).__name__):
+            st_embfilter.add_filter(plain(folder, after=[layer]))
 
 
 def test_add_filter_to_a_tied_model_whose_folder_is_gone(make_lm: MakeLM) -> None:

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 import st_embfilter
 from st_embfilter.errors import CalibrationError, FormatError
+from st_embfilter.model.calibrate import sample_texts
 from st_embfilter.model.layer import assemble, filter_of
-from st_embfilter.model.sampling import sample_texts
 from st_embfilter.spectrum.whitening import (
     MAX_CONDITION,
     MIN_TEXTS,

@@ -28,7 +28,7 @@ def weight() -> torch.Tensor:
 
 @pytest.fixture
 def layer(weight: torch.Tensor) -> EmbedFilterLayer:
-    return st_embfilter.filter_from_weight(weight)
+    return st_embfilter.build_filter(weight)
 
 
 def apply(layer: EmbedFilterLayer, x: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ def test_inner_products_equal_the_full_size_projector(seed: int, k: int) -> None
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(100, 24, generator=generator)
     h = torch.randn(5, 24, generator=generator)
-    small = apply(st_embfilter.filter_from_weight(weight, keep=k), h).double()
+    small = apply(st_embfilter.build_filter(weight, keep=k), h).double()
     v = spectrum_of_weight(weight).directions[Band("bulk", k).indices(24)]
     projector = v.T @ v
     full = h.double() @ projector
@@ -52,15 +52,15 @@ def test_inner_products_equal_the_full_size_projector(seed: int, k: int) -> None
 
 def test_a_prefix_is_the_smaller_filter(weight: torch.Tensor) -> None:
     h = torch.randn(9, 24)
-    whole = apply(st_embfilter.filter_from_weight(weight, keep=1.0), h)
+    whole = apply(st_embfilter.build_filter(weight, keep=1.0), h)
     for k in range(1, 25):
-        built = apply(st_embfilter.filter_from_weight(weight, keep=k), h)
+        built = apply(st_embfilter.build_filter(weight, keep=k), h)
         assert torch.allclose(whole[:, :k], built, atol=1e-6)
 
 
 def test_keeping_everything_changes_no_cosine(weight: torch.Tensor) -> None:
     h = torch.randn(9, 24)
-    whole = apply(st_embfilter.filter_from_weight(weight, keep=1.0), h)
+    whole = apply(st_embfilter.build_filter(weight, keep=1.0), h)
     cosine = torch.nn.functional.cosine_similarity
     assert torch.allclose(cosine(whole[0], whole[1:]), cosine(h[0], h[1:]), atol=1e-6)
 
@@ -185,7 +185,7 @@ def test_round_trip_through_sentence_transformers(make_lm: MakeLM, tmp_path: Pat
     [Band("bulk", 0.5), Band("offset", 5, offset=3), Band("random", 0.25, seed=9), Band("edges")],
 )
 def test_metadata_round_trip(weight: torch.Tensor, band: Band) -> None:
-    metadata = st_embfilter.filter_from_weight(weight, band=band).metadata
+    metadata = st_embfilter.build_filter(weight, band=band).metadata
     assert FilterMetadata.from_json(metadata.to_json()) == metadata
 
 

@@ -282,14 +282,14 @@ def test_stacking_on_the_model_it_was_made_from(make_lm: MakeLM, tmp_path: Path)
     expected = st_embfilter.from_causal_lm(folder, device="cpu")
     filter_folder = build_filter(folder, show_progress_bar=False).save_pretrained(tmp_path / "f")
     plain = SentenceTransformer(modules=list(expected)[:2], device="cpu")
-    assert st_embfilter.stack_filter(plain, filter_folder) is plain
+    assert st_embfilter.add_filter(plain, filter_folder) is plain
     assert same(plain.encode(TEXTS), expected.encode(TEXTS))
     # A copy in memory, in a wider dtype, is the same matrix.
     wide = SentenceTransformer(modules=list(expected)[:2], device="cpu")
     from transformers import AutoModelForCausalLM
 
     live = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    st_embfilter.stack_filter(wide, filter_folder, unembedding=live)
+    st_embfilter.add_filter(wide, filter_folder, unembedding=live)
 
 
 def test_stacking_on_another_model_names_both_hashes(make_lm: MakeLM, tmp_path: Path) -> None:
@@ -301,14 +301,14 @@ def test_stacking_on_another_model_names_both_hashes(make_lm: MakeLM, tmp_path: 
     theirs = model[2].metadata.provenance.sha256
     del model._modules["2"]
     with pytest.raises(ProvenanceError, match="build one for this model with add_filter") as caught:
-        st_embfilter.stack_filter(model, layer)
+        st_embfilter.add_filter(model, layer)
     for part in (layer.metadata.provenance.sha256, theirs, "first", "second"):
         assert part in str(caught.value)
     assert len(list(model)) == 2
     other = st_embfilter.from_causal_lm(wider, device="cpu")
     del other._modules["2"]
     with pytest.raises(ShapeError, match="got 64 for the embedding and 32"):
-        st_embfilter.stack_filter(other, layer)
+        st_embfilter.add_filter(other, layer)
 
 
 def test_stacking_on_a_model_from_the_hub(hub: LocalHub, make_lm: MakeLM) -> None:
@@ -318,7 +318,7 @@ def test_stacking_on_a_model_from_the_hub(hub: LocalHub, make_lm: MakeLM) -> Non
     expected = st_embfilter.from_causal_lm("org/lm", device="cpu", show_progress_bar=False)
     plain = SentenceTransformer(modules=list(expected)[:2], device="cpu")
     before = len(hub.requests)
-    st_embfilter.stack_filter(plain, "me/filter")
+    st_embfilter.add_filter(plain, "me/filter")
     assert same(plain.encode(TEXTS), expected.encode(TEXTS))
     assert not [
         r for r in hub.requests[before:] if re.search("file=model.*", r.path) and r.sent > 9000

@@ -321,7 +321,7 @@ def test_gguf(tmp_path: Path, kind: str, tolerance: float, tied: bool) -> None:
         assert found.stored.shape == (80, 64)
         assert float((read(found).float() - torch.from_numpy(head)).abs().max()) <= tolerance * 4
     layer = st_embfilter.build_filter(path, show_progress_bar=False)
-    exact = st_embfilter.filter_from_weight(read(found))
+    exact = st_embfilter.build_filter(read(found))
     assert sine(layer.projection, exact.projection) <= 1e-6
 
 
@@ -372,7 +372,7 @@ def test_an_embedding_model_on_a_decoder(make_lm: MakeLM, tmp_path: Path, tied: 
     assert names == ["Transformer", "Pooling", "EmbedFilterLayer", "Normalize"]
     expected = (
         raw
-        @ st_embfilter.filter_from_weight(live.get_output_embeddings().weight, keep=8)
+        @ st_embfilter.build_filter(live.get_output_embeddings().weight, keep=8)
         .projection.numpy()
         .T
     )

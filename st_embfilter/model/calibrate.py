@@ -1,15 +1,30 @@
-"""Texts that a language model writes by itself: samples from its own distribution."""
+"""Calibration: texts that a language model writes by itself, and filters fitted to texts."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
+from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from st_embfilter.errors import CalibrationError
+from st_embfilter.errors import CalibrationError, PlacementError
+from st_embfilter.model.layer import EmbedFilterLayer, filter_of
+from st_embfilter.model.pipeline import replace_module
+from st_embfilter.spectrum.whitening import (
+    DEFAULT_STRENGTH,
+    Calibration,
+    affine_map,
+    check_strength,
+    different_texts,
+    moments,
+    texts_hash,
+)
 from st_embfilter.unembedding.source import Source
 
 #: Tokens of a sampled text, about two sentences: the length of the texts that people embed.
@@ -17,6 +32,75 @@ DEFAULT_TOKENS: Final = 32
 
 #: Fixed, because the samples of a seed depend on it.
 _BATCH: Final = 64
+
+
+def calibrate_filter(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    *,
+    strength: float = DEFAULT_STRENGTH,
+    seed: int | None = None,
+    batch_size: int = 32,
+    show_progress_bar: bool = True,
+) -> SentenceTransformer:
+    """Centres and whitens a model's filtered embeddings with the moments of some texts.
+
+    The texts are encoded as the model encodes, without its default prompt and before Normalize. The
+    map is folded into the filter, which stays one linear layer, now with a bias.
+
+    Args:
+        model: A filtered model; changed in place.
+        texts: Texts like those to embed, or `sample_texts` of the model's own. Empty and repeated
+            ones are dropped.
+        strength: A number in [0, 1]; 0 leaves the embeddings as they are, 1 whitens in full.
+        seed: The seed of `sample_texts`, if the texts come from there, for the record.
+        batch_size: Texts that are encoded at a time.
+        show_progress_bar: Whether a bar is shown while the texts are encoded.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CalibrationError: If the texts are too few or their embeddings unfit, or the model is
+            calibrated already.
+    """
+    strength = check_strength(strength)
+    texts = different_texts(texts)
+    layer = filter_of(model)
+    if layer is None:
+        raise PlacementError("calibration needs a filtered model, got none; use add_filter first")
+    if layer.metadata.calibration is not None:
+        raise CalibrationError(
+            "a filter is calibrated at most once, got a calibrated one; build the filter anew"
+        )
+    children = list(model.children())
+    pipeline = SentenceTransformer(
+        modules=children[: children.index(layer) + 1], device=str(model.device)
+    )
+    embeddings = pipeline.encode(
+        texts,
+        batch_size=batch_size,
+        show_progress_bar=show_progress_bar and sys.stderr.isatty(),
+        convert_to_tensor=True,
+    )
+    estimate = moments(embeddings)
+    matrix, bias = affine_map(estimate, strength)
+    record = Calibration(
+        source="texts" if seed is None else "self",
+        texts=len(texts),
+        sha256=texts_hash(texts),
+        strength=strength,
+        shrinkage=estimate.shrinkage,
+        seed=seed,
+    )
+    calibrated = EmbedFilterLayer(
+        matrix @ layer.projection.detach().to("cpu", torch.float64),
+        replace(layer.metadata, calibration=record),
+        layer.singular_values,
+        bias,
+    )
+    replace_module(model, layer, calibrated)
+    return model
 
 
 def sample_texts(
@@ -41,10 +125,10 @@ def sample_texts(
         name_or_path: Folder or Hub id of a causal language model, or a `Source`, which has a
             revision, a token and a trust of its own.
         count: Number of texts, >= 1.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
         max_new_tokens: Longest text in tokens, >= 1.
         device: Where the model runs; None for the CPU.
-        dtype: Of the model, as in transformers.
+        dtype: Dtype of the model, as in transformers.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
         trust_remote_code: Allow model code of the checkpoint to run.
