@@ -13,7 +13,7 @@ from rich import markup
 from rich.console import Console
 from typer.core import TyperGroup
 
-from st_embfilter.errors import EmbedFilterError
+from st_embfilter.errors import CalibrationError, EmbedFilterError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,6 +82,16 @@ BandName = Annotated[
         help="bulk (the paper's window), offset:N, dominant, secondary, edges or random:SEED.",
     ),
 ]
+
+
+def text_lines(file: str | Path, option: str) -> list[str]:
+    """The lines of a text file that an option names."""
+    try:
+        return Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(
+            f"{option} takes a text file in UTF-8, got {file}: {error}"
+        ) from error
 
 
 def describe(layer: EmbedFilterLayer) -> str:

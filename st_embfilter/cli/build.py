@@ -17,8 +17,8 @@ from st_embfilter.cli.app import (
     out,
     parse_keep,
     quiet_libraries,
+    text_lines,
 )
-from st_embfilter.errors import CalibrationError
 
 
 @app.command()
@@ -51,6 +51,9 @@ def build(
     calibration_size: Annotated[int, typer.Option(help="Texts that the model writes.", min=16)] = (
         1024
     ),
+    calibration_seed: Annotated[
+        int, typer.Option(help="Number that picks them.", min=0, max=2**63 - 1)
+    ] = 0,
     max_seq_length: Annotated[int, typer.Option(help="Longest text in tokens.", min=1)] = 512,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
     masked_lm: Annotated[
@@ -115,9 +118,12 @@ def build(
         band=band,
         pooling=pooling,
         normalize=normalize,
-        calibrate=calibrate if calibrate in (None, "self") else _lines(Path(calibrate)),
+        calibrate=calibrate
+        if calibrate in (None, "self")
+        else text_lines(calibrate, "--calibrate"),
         calibration_strength=calibration_strength,
         calibration_size=calibration_size,
+        calibration_seed=calibration_seed,
         max_seq_length=max_seq_length,
         revision=revision,
         masked_lm=masked_lm,
@@ -129,12 +135,3 @@ def build(
     layer = filter_of(filtered)
     if layer is not None:
         out.print(f"{describe(layer)}\nSaved to {output}", highlight=False)
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f"--calibrate takes 'self' or a text file in UTF-8, got {file}: {error}"
-        ) from error

@@ -211,7 +211,10 @@ class FolderFiles(ModelFiles):
             LinkError: If it is a symbolic link out of the folder.
         """
         path = self._folder / file
-        if not path.is_file():
+        try:
+            if not path.is_file():
+                return None
+        except (OSError, ValueError):  # a name that no file can have
             return None
         check_inside(path, self._folder)
         return path
