@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from st_embfilter.errors import BackboneError, UnembeddingError
 from st_embfilter.files.tensors import check_inside
+from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.text import first_line, read_json
 from st_embfilter.unembedding.source import Source
 
@@ -63,20 +64,16 @@ def load_backbone(
     adapter is merged.
 
     Args:
-        source: A language model or a PEFT adapter.
+        source: A language model, a GGUF file or a PEFT adapter.
         max_seq_length: Longest text in tokens, capped by the model; None for the model's own limit.
-        dtype: Of the backbone, as in transformers.
+        dtype: Of the backbone, as in transformers; of a GGUF file as in `gguf_folder`.
         module_class: What to make of it.
         modality_config: What the module calls on the backbone.
 
     Raises:
         BackboneError: If sentence-transformers cannot load it as a text backbone.
     """
-    if source.name.endswith(".gguf"):
-        raise BackboneError(
-            f"a backbone must be a transformers checkpoint, got {source.name}; load the model it "
-            "was made from and give the GGUF file to add_filter as unembedding="
-        )
+    source, dtype = readable(source, dtype)
     if source.is_folder:
         check_links(Path(source.name))
     hub = source.for_transformers()

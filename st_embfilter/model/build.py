@@ -17,6 +17,7 @@ from st_embfilter.errors import CalibrationError, PlacementError, PromptError, S
 from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH, load_backbone, measured_width
 from st_embfilter.model.calibrate import calibrate_filter, sample_texts
 from st_embfilter.model.find import find_filter
+from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.prompts import Encoding, Recipe, parse_prompt
@@ -56,7 +57,7 @@ def from_causal_lm(
 
     Args:
         name_or_path: Folder or Hub id of a causal language model, or of a PEFT adapter of one,
-            which is merged into it.
+            which is merged into it; or a GGUF file, which is dequantised.
         prompt: Prompt recipe: "prompteol", "echo", "metaeol", a template with one `{text}`, or a
             `PromptEOL`, `Echo` or `MetaEOL`; None embeds the plain text.
         prompt_encoding: "portable" or "exact", see `PromptEOL`; None for the recipe's own.
@@ -74,13 +75,14 @@ def from_causal_lm(
         max_seq_length: Longest text in tokens, its prompt included; None for the model's own limit.
         device: Device on which the model runs, and on "cuda" the spectrum is computed; None for
             the best at hand.
-        dtype: Dtype of the backbone, as in transformers. The filter is float32 in any case.
+        dtype: Dtype of the backbone, as in transformers; of a GGUF file, float16 by default. The
+            filter is float32 in any case.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
         masked_lm: Whether the model is a masked language model, whose decoder matrix is taken;
             outside the paper.
         trust_remote_code: Whether model code of the checkpoint may run.
-        show_progress_bar: Whether a bar is shown while the unembedding matrix is read.
+        show_progress_bar: Whether bars are shown while weights are dequantised and W_U is read.
 
     Returns:
         Transformer, Pooling, EmbedFilterLayer and, if asked for, Normalize.
@@ -107,6 +109,8 @@ def from_causal_lm(
     _check_plain(source)
     unembedding = source.unembedding()
     chosen.width(unembedding.d)  # a band that does not fit is an error before any download
+    source, dtype = readable(source, dtype, show_progress_bar=show_progress_bar)
+    unembedding = source.unembedding()  # of a GGUF file, in the dtype that is saved
     backbone = load_backbone(
         source,
         max_seq_length=max_seq_length,

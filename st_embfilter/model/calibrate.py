@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from st_embfilter.errors import CalibrationError, PlacementError
+from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.layer import EmbedFilterLayer, filter_of
 from st_embfilter.model.pipeline import replace_module
 from st_embfilter.spectrum.whitening import (
@@ -144,6 +145,7 @@ def sample_texts(
     source = Source.of(
         name_or_path, revision=revision, token=token, trust_remote_code=trust_remote_code
     )
+    source, dtype = readable(source, dtype, show_progress_bar=show_progress_bar)
     name, hub = source.name, source.for_transformers()
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **hub)
     model: Any = AutoModelForCausalLM.from_pretrained(

@@ -73,7 +73,11 @@ class FilterMetadata:
         source = self.provenance
         document = {
             "format_version": FORMAT_VERSION,
-            "base_model": {"id": source.model_id, "revision": source.revision},
+            "base_model": {
+                "id": source.model_id,
+                "revision": source.revision,
+                **({} if source.gguf_sha256 is None else {"gguf_sha256": source.gguf_sha256}),
+            },
             "unembedding": {
                 "tensor": source.tensor,
                 "shape": list(source.shape),
@@ -125,6 +129,7 @@ class FilterMetadata:
             sha256=_typed(source, "sha256", str),
             model_id=_typed(base, "id", str, None),
             revision=_typed(base, "revision", str, None),
+            gguf_sha256=_typed(base, "gguf_sha256", str, None),
         )
         if not re.fullmatch(r"[0-9a-f]{64}", provenance.sha256):
             raise FormatError(

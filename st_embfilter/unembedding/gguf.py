@@ -1,10 +1,23 @@
-"""The unembedding matrix of a GGUF file, read with the `gguf` library (extra `gguf`)."""
+"""GGUF files: their header, read here, and their tensors, dequantised by the `gguf` library.
+
+The library's own reader makes an object of every token of the vocabulary, which takes a quarter of
+a minute and a gigabyte where there are 262,144.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
 
 from __future__ import annotations
 
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Final
+from typing import Any, BinaryIO, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,8 +25,222 @@ from st_embfilter.errors import UnembeddingError
 from st_embfilter.files.tensors import StoredTensor
 
 #: Names that the GGUF specification gives to the output and to the input embedding.
-_OUTPUT: Final = "output.weight"
-_INPUT: Final = "token_embd.weight"
+OUTPUT: Final = "output.weight"
+INPUT: Final = "token_embd.weight"
+
+#: Versions with this layout; the first one counted in 32 bits.
+_VERSIONS: Final = (2, 3)
+
+_STRING, _ARRAY = 8, 9
+
+#: `struct` letters of the other types of metadata, by their number.
+_SCALARS: Final = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"
+}  # fmt: skip
+
+_ALIGNMENT: Final = 32
+_MAX_DIMENSIONS: Final = 4
+
+#: Longest string and array of a header: a thousand times what models have, but no one's memory.
+_MAX_LENGTH: Final = 2**28
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """Where a tensor lies in its file.
+
+    Attributes:
+        name: E.g. "blk.0.attn_q.weight".
+        shape: As in torch, rows first.
+        kind: Number of its quantisation (`gguf.GGMLQuantizationType`).
+        start: Its first byte in the file.
+        nbytes: Its bytes in the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """An open GGUF file: everything but its tensors is in memory.
+
+    Attributes:
+        path: The file.
+        metadata: Numbers, booleans, strings and lists of them, by key.
+        tensors: By name, in the order of the file.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+    @classmethod
+    def open(cls, path: Path) -> GGUFFile:
+        """Reads the header.
+
+        Raises:
+            UnembeddingError: If the library is missing, or the file is none of a whole model in a
+                version that is known.
+        """
+        library()
+        try:
+            with path.open("rb") as file:
+                header = _Header(file, path)
+                metadata, tensors = header.read()
+        except (struct.error, UnicodeDecodeError, MemoryError, ValueError, OverflowError) as error:
+            if isinstance(error, UnembeddingError):
+                raise
+            raise _damaged(path, str(error)) from error
+        except OSError as error:
+            raise UnembeddingError(f"cannot read {path}: {error.strerror or error}") from error
+        parts = metadata.get("split.count", 0)
+        if re.search(r"-\d{5}-of-\d{5}$", path.stem) or (isinstance(parts, int) and parts > 1):
+            raise UnembeddingError(
+                f"a GGUF model must be one file, got one part of several in {path.name}; join them "
+                "with `llama-gguf-split --merge`"
+            )
+        return cls(path, metadata, tensors)
+
+    def rows(self, tensor: GGUFTensor, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of a tensor, dequantised.
+
+        Args:
+            tensor: Of this file.
+            first: First row.
+            last: One after the last row; None for all.
+
+        Returns:
+            (last - first, ...) in float16 where it is stored so, else in float32.
+        """
+        gguf = library()
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        count = tensor.shape[0]
+        last = count if last is None else last
+        size = tensor.nbytes // count
+        data = np.fromfile(
+            self.path, np.uint8, (last - first) * size, offset=tensor.start + first * size
+        )
+        shape = (last - first, *tensor.shape[1:])
+        plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
+        if plain is not None:
+            return torch.from_numpy(data.view(plain).reshape(shape))
+        try:
+            values = gguf.dequantize(data.reshape(*shape[:-1], -1), kind)
+        except NotImplementedError as error:
+            raise UnembeddingError(
+                f"the gguf library must be able to dequantise every tensor, got {tensor.name!r} in "
+                f"{kind.name}; take an unquantised model"
+            ) from error
+        return torch.from_numpy(values.reshape(shape))
+
+
+class _Header:
+    """Reads the parts of a header one after the other."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._size = path.stat().st_size
+
+    def read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+        if self._file.read(4) != b"GGUF":
+            raise UnembeddingError(f"{self._path.name} must be a GGUF file, got other bytes")
+        version = self._numbers("I")[0]
+        if version not in _VERSIONS:
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+            what = f"big-endian version {swapped}" if swapped in _VERSIONS else f"version {version}"
+            raise UnembeddingError(
+                f"a GGUF file must be little-endian and of version 2 or 3, got {what} in "
+                f"{self._path.name}; convert the model anew"
+            )
+        tensor_count, key_count = self._numbers("QQ")
+        metadata: dict[str, Any] = {}
+        for _ in range(key_count):
+            key = self._string()
+            metadata[key] = self._value(self._numbers("I")[0])
+        entries = [self._entry() for _ in range(tensor_count)]
+        alignment = int(metadata.get("general.alignment", _ALIGNMENT))
+        if alignment < 1:
+            raise _damaged(self._path, f"general.alignment {alignment}")
+        start = -(-self._file.tell() // alignment) * alignment
+        tensors = {}
+        for name, shape, kind, offset in entries:
+            tensor = self._tensor(name, shape, kind, start + offset)
+            if name in tensors or tensor.start + tensor.nbytes > self._size:
+                what = "comes twice" if name in tensors else "reaches beyond the end"
+                raise _damaged(self._path, f"the tensor {name!r} {what}")
+            tensors[name] = tensor
+        return metadata, tensors
+
+    def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._string()
+        (dimensions,) = self._numbers("I")
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise _damaged(self._path, f"a tensor of {dimensions} dimensions")
+        sizes = self._numbers(f"{dimensions}Q")
+        kind, offset = self._numbers("IQ")
+        return name, sizes[::-1], kind, offset
+
+    def _tensor(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> GGUFTensor:
+        gguf = library()
+        try:
+            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        except (ValueError, KeyError) as error:
+            raise UnembeddingError(
+                f"the gguf library must know every quantisation of {self._path.name}, got number "
+                f"{kind} for {name!r}; update gguf, or take another quantisation"
+            ) from error
+        if shape[-1] % block or not prod(shape):
+            raise _damaged(self._path, f"the tensor {name!r} has the shape {shape}")
+        return GGUFTensor(name, shape, kind, start, prod(shape) // block * size)
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._numbers(_SCALARS.get(kind, ""))[0]
+        kind, length = self._numbers("IQ")
+        if length > _MAX_LENGTH:
+            raise _damaged(self._path, f"a list of {length} values")
+        if kind in _SCALARS:
+            return list(self._numbers(f"{length}{_SCALARS[kind]}"))
+        return [self._value(kind) for _ in range(length)]
+
+    def _string(self) -> str:
+        (length,) = self._numbers("Q")
+        return self._bytes(length).decode("utf-8")
+
+    def _numbers(self, form: str) -> tuple[Any, ...]:
+        if not form:
+            raise _damaged(self._path, "metadata of an unknown type")
+        return struct.unpack(f"<{form}", self._bytes(struct.calcsize(f"<{form}")))
+
+    def _bytes(self, length: int) -> bytes:
+        if length > min(_MAX_LENGTH * 8, self._size):
+            raise _damaged(self._path, f"{length} bytes of a header")
+        data = self._file.read(length)
+        if len(data) < length:
+            raise _damaged(self._path, "an end within the header")
+        return data
+
+
+def library() -> Any:
+    """The `gguf` package.
+
+    Raises:
+        UnembeddingError: If it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UnembeddingError(
+            "reading a GGUF file needs the gguf library, got none; install st-embfilter[gguf]"
+        ) from error
+    return gguf
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -44,39 +271,23 @@ def read_gguf(path: Path) -> tuple[StoredTensor, bool]:
     Raises:
         UnembeddingError: If the library is missing, or the file or its embedding unfit.
     """
-    try:
-        from gguf import GGMLQuantizationType, GGUFReader, dequantize
-    except ImportError as error:
+    file = GGUFFile.open(path)
+    name = OUTPUT if OUTPUT in file.tensors else INPUT
+    if name not in file.tensors:
         raise UnembeddingError(
-            "reading a GGUF file needs the gguf library, got none; install st-embfilter[gguf]"
-        ) from error
-    try:
-        tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise UnembeddingError(
-            f"{path.name} must be a GGUF file, got: {error}; it is truncated or damaged"
-        ) from error
-    name = _OUTPUT if _OUTPUT in tensors else _INPUT
-    if name not in tensors:
-        raise UnembeddingError(
-            f"a GGUF file must hold {_OUTPUT} or {_INPUT}, got {len(tensors)} other tensors in "
-            f"{path.name}; of a split model, name the part that holds it"
+            f"a GGUF file must hold {OUTPUT} or {INPUT}, got {len(file.tensors)} other tensors in "
+            f"{path.name}"
         )
-    tensor = tensors[name]
-    kind = tensor.tensor_type
-    columns, rows = (int(size) for size in tensor.shape)
-    plain = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16}
+    tensor = file.tensors[name]
+    if len(tensor.shape) != 2:
+        raise _damaged(path, f"{name} of the shape {tensor.shape}")
+    dtype = file.rows(tensor, 0, 1).dtype
+    read_rows: Callable[[int, int], Tensor] = partial(file.rows, tensor)
+    return StoredTensor(name, (tensor.shape[0], tensor.shape[1]), dtype, read_rows), name == INPUT
 
-    def read_rows(first: int, last: int) -> Tensor:
-        block = tensor.data[first:last]
-        return torch.from_numpy(block.copy() if kind in plain else dequantize(block, kind))
 
-    try:
-        read_rows(0, 1)
-    except NotImplementedError as error:
-        raise UnembeddingError(
-            f"the gguf library must be able to dequantise the embedding, got {name!r} in "
-            f"{kind.name}; take the matrix from the unquantised model (unembedding=)"
-        ) from error
-    stored = StoredTensor(name, (rows, columns), plain.get(kind, torch.float32), read_rows)
-    return stored, name == _INPUT
+def _damaged(path: Path, got: str) -> UnembeddingError:
+    return UnembeddingError(
+        f"{path.name} must be a whole GGUF file, got {got}; it is truncated or damaged, download it "
+        "again"
+    )

@@ -37,6 +37,7 @@ class Provenance:
         sha256: Hash of the tensor's stored bytes, row by row, little-endian.
         model_id: Hub id, or the name of a local folder; None for a bare tensor.
         revision: Commit hash on the Hub, where known.
+        gguf_sha256: Hash of the GGUF file of that name, if the model was made from one.
     """
 
     tensor: str
@@ -46,6 +47,7 @@ class Provenance:
     sha256: str
     model_id: str | None = None
     revision: str | None = None
+    gguf_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,14 @@ class Unembedding:
         tied: Whether the model shares it with its input embedding.
         model_id: Hub id, or the name of a local folder; None for a bare tensor.
         revision: Commit hash on the Hub, where known.
+        gguf_sha256: Hash of the GGUF file of that name, if the model was made from one.
     """
 
     stored: StoredTensor
     tied: bool = False
     model_id: str | None = None
     revision: str | None = None
+    gguf_sha256: str | None = None
 
     @property
     def d(self) -> int:
@@ -161,6 +165,7 @@ class Unembedding:
             sha256=sha256,
             model_id=self.model_id,
             revision=self.revision,
+            gguf_sha256=self.gguf_sha256,
         )
 
 

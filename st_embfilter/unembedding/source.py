@@ -44,6 +44,7 @@ class Source:
             outside the paper.
         cache_folder: The Hub cache, if not the usual one.
         local_files_only: Whether files come from that cache only.
+        gguf_sha256: Hash of the GGUF file that the folder was made from, if it was.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Source:
     masked_lm: bool = False
     cache_folder: str | None = None
     local_files_only: bool = False
+    gguf_sha256: str | None = None
 
     @classmethod
     def of(cls, source: str | os.PathLike[str] | Source, **options: Any) -> Source:
@@ -137,7 +139,8 @@ class Source:
         checkpoint = open_checkpoint(base.files)
         head, tied = find_output_embedding(model, checkpoint, base.files.where, adapter)
         owner = self if adapter is not None and adapter.trains(head.name) else base
-        return Unembedding(head, tied, *model_identity(owner.name, owner.files.commit))
+        identity = model_identity(owner.name, owner.files.commit)
+        return Unembedding(head, tied, *identity, self.gguf_sha256)
 
     def config(self) -> PretrainedConfig:
         """The configuration of the model; none for an adapter alone.
