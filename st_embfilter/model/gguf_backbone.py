@@ -16,6 +16,8 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,8 +38,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from st_embfilter.errors import BackboneError
 from st_embfilter.files.tensors import SAFETENSORS_FILE
-from st_embfilter.unembedding.gguf import INPUT, OUTPUT, GGUFFile, GGUFTensor, find_gguf
 from st_embfilter.text import first_line
+from st_embfilter.unembedding.gguf import INPUT, OUTPUT, GGUFFile, GGUFTensor, find_gguf
 from st_embfilter.unembedding.head import meta_model
 from st_embfilter.unembedding.source import Source
 
@@ -217,15 +219,13 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
             f"a GGUF model must hold its tokenizer, got none in {file.path.name}; give the file to "
             "add_filter as unembedding=, with the model that it was made from"
         )
-    try:
-        from transformers.integrations.gguf import convert_gguf_tokenizer
-    except ImportError:  # before transformers 5.20
-        from transformers.integrations.ggml import convert_gguf_tokenizer
-
-    names = GGUF_TO_TRANSFORMERS_MAPPING["tokenizer"]["tokenizer"]
+    home = "gguf" if find_spec("transformers.integrations.gguf") else "ggml"  # in its version 4
+    convert = import_module(f"transformers.integrations.{home}").convert_gguf_tokenizer
+    mapping: Any = GGUF_TO_TRANSFORMERS_MAPPING
+    names = mapping["tokenizer"]["tokenizer"]
     parts = {new: metadata[old] for old, new in names.items() if old in metadata}
     try:
-        backend, _ = convert_gguf_tokenizer(file.metadata.get("general.architecture"), parts)
+        backend, _ = convert(file.metadata.get("general.architecture"), parts)
     except Exception as error:
         raise BackboneError(
             f"transformers must be able to make the tokenizer of a GGUF file, got "
@@ -257,14 +257,11 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     bos = special.get("bos_token") if metadata.get("ggml.add_bos_token", by_default) else None
     eos = special.get("eos_token") if metadata.get("ggml.add_eos_token", False) else None
     if bos or eos:
-        around = [[bos] * bool(bos), [eos] * bool(eos)]
+        single = [*filter(None, (bos, "$A", eos))]
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*around[0], "$A", *around[1]],
-            pair=[*around[0], "$A", *around[1], *around[0], "$B:1", *around[1]],
-            special_tokens=[
-                (token, tokenizer.convert_tokens_to_ids(token))
-                for token in dict.fromkeys((*around[0], *around[1]))
-            ],
+            single=single,
+            pair=[*single, *("$B:1" if part == "$A" else part for part in single)],
+            special_tokens=[(token, tokens.index(token)) for token in {bos, eos} - {None}],
         )
     return tokenizer
 
@@ -274,7 +271,8 @@ def _weights(
 ) -> Iterator[tuple[str, int, Tensor]]:
     """Parts of the weights: name in transformers, first row, values."""
     architecture = file.metadata["general.architecture"]
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+    kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    processor = kind(config=config.to_dict())
     headless: Any = getattr(model, str(model.base_model_prefix))
     names = get_gguf_hf_weights_map(_names_of(model, headless), processor)
     merged: dict[str, Any] = {"tensors": {}}  # experts, which several tensors of the file make up
@@ -403,15 +401,20 @@ def _write_outline(file: GGUFFile, path: Path) -> None:
 
     architecture = file.metadata["general.architecture"]
     writer = gguf.GGUFWriter(path, architecture)
-    add = {bool: writer.add_bool, str: writer.add_string, float: writer.add_float32}
+    add: dict[type, Any] = {
+        bool: writer.add_bool,
+        str: writer.add_string,
+        float: writer.add_float32,
+    }
+    add[int] = writer.add_int64
     for key, value in file.metadata.items():
         if key == "general.architecture":
             continue
         if isinstance(value, list):
             if value:
                 writer.add_array(key, value)
-        elif type(value) is int:
-            (writer.add_int64 if value < 0 else writer.add_uint64)(key, value)
+        elif type(value) is int and value >= 0:
+            writer.add_uint64(key, value)
         else:
             add[type(value)](key, value)
     rows = file.tensors[INPUT].shape[0]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from st_embfilter.errors import UnembeddingError
 from st_embfilter.files.tensors import StoredTensor
+from st_embfilter.text import shown
 
 #: Names that the GGUF specification gives to the output and to the input embedding.
 OUTPUT: Final = "output.weight"
@@ -288,6 +289,6 @@ def read_gguf(path: Path) -> tuple[StoredTensor, bool]:
 
 def _damaged(path: Path, got: str) -> UnembeddingError:
     return UnembeddingError(
-        f"{path.name} must be a whole GGUF file, got {got}; it is truncated or damaged, download it "
-        "again"
+        f"{path.name} must be a whole GGUF file, got {shown(got)}; it is truncated or damaged, "
+        "download it again"
     )
