@@ -17,6 +17,7 @@ from st_embfilter.errors import CalibrationError, PlacementError
 from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.layer import EmbedFilterLayer, filter_of
 from st_embfilter.model.pipeline import replace_module
+from st_embfilter.model.tokenizer import start_token
 from st_embfilter.spectrum.whitening import (
     DEFAULT_STRENGTH,
     Calibration,
@@ -152,7 +153,12 @@ def sample_texts(
         name, **hub, **({} if dtype is None else {"dtype": dtype})
     )
     model.to(device or "cpu").eval()
-    start = _start_token(tokenizer, model)
+    start = start_token(tokenizer, model.config)
+    if start is None:
+        raise CalibrationError(
+            "sampling needs a token that starts a text, got a tokenizer without BOS and EOS; give "
+            "texts instead"
+        )
     texts: dict[str, None] = {}
     rounds = -(-4 * count // _BATCH)
     devices = [model.device] if model.device.type == "cuda" else []
@@ -188,20 +194,4 @@ def sample_texts(
     raise CalibrationError(
         f"the language model must write different texts to calibrate on, got {len(texts)} in "
         f"{rounds * _BATCH} samples of {name}; give texts instead"
-    )
-
-
-def _start_token(tokenizer: PreTrainedTokenizerBase, model: Any) -> int:
-    """The token before the first one of a text: BOS, or EOS for models without one."""
-    for candidate in (
-        tokenizer.bos_token_id,
-        model.config.bos_token_id,
-        tokenizer.eos_token_id,
-        model.config.eos_token_id,
-    ):
-        if isinstance(candidate, int):
-            return candidate
-    raise CalibrationError(
-        "sampling needs a token that starts a text, got a tokenizer without BOS and EOS; give "
-        "texts instead"
     )

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import Tokenizer, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from st_embfilter.errors import PromptError
 from st_embfilter.model.backbone import TEXT_ONLY, TOKENIZER_CONFIG
@@ -41,6 +41,9 @@ _SOURCE_FILES: Final = re.compile(
 )
 
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+#: Name that byte-level vocabularies give to the token between the documents of their training.
+_DOCUMENT_SEPARATOR: Final = "<|endoftext|>"
 
 #: Texts whose edges join differently with what stands around them.
 _PROBES: Final = ("", "word", " word ", "A word.", '"A word?"', "(1)\n", "\u05e9\u05dc\u05d5\u05dd")
@@ -88,11 +91,12 @@ def apply_recipe(backbone: Transformer, recipe: Recipe, pooling: str | None = No
         backbone.prompt_token_ids = prompts  # type: ignore[assignment] # of MetaEOLTransformer
         fixed = max(len(before) + len(after) for before, after in prompts)
     elif isinstance(recipe, Echo):
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        eos = tokenizer.eos_token_id
         if eos is None:
             raise PromptError("ECHO closes texts with an EOS token, got a tokenizer without one")
         before, middle, _ = pieces[0]
-        put_around(tokenizer, [[eos if bos is None else bos, *before], middle, [eos]])
+        start = start_token(tokenizer)
+        put_around(tokenizer, [[eos if start is None else start, *before], middle, [eos]])
         fixed = tokenizer.num_special_tokens_to_add()
         module = EchoPooling(width, fixed)
     elif recipe.encoding == "exact":
@@ -127,6 +131,32 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     encoded = tokenizer("word", return_special_tokens_mask=True)
     mask = [*encoded["special_tokens_mask"], 0]
     return list(encoded["input_ids"][: mask.index(0)])
+
+
+def start_token(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None
+) -> int | None:
+    """The id that stands before the first one of a plain text, also where no text is given yet.
+
+    What the tokenizer itself puts there, as Gemma's does; else the separator of documents, where
+    the vocabulary has one. Only then BOS, or EOS for models without one: that of a chat model may
+    start a turn of a chat (`<|im_start|>` of SmolLM2), after which it writes roles.
+
+    Args:
+        tokenizer: Of the language model, or of one saved with a prompt.
+        config: Of the model, which may know ids that its tokenizer does not.
+    """
+    lead = leading_ids(tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    candidates = [
+        *(token for token in lead[:1] if token in tokenizer.all_special_ids),  # and no prompt
+        vocabulary.get(_DOCUMENT_SEPARATOR),
+        tokenizer.bos_token_id,
+        getattr(config, "bos_token_id", None),
+        tokenizer.eos_token_id,
+        getattr(config, "eos_token_id", None),
+    ]
+    return next((token for token in candidates if isinstance(token, int)), None)
 
 
 def frozen(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerFast:

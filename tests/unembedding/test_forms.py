@@ -335,8 +335,6 @@ def test_gguf_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_unembedding(tmp_path / "b.gguf")
     with pytest.raises(UnembeddingError, match=r"got 2 in .*: a\.gguf, b\.gguf"):
         open_unembedding(tmp_path)
-    with pytest.raises(BackboneError, match="give the GGUF file to add_filter as unembedding="):
-        load_backbone(Source(str(tmp_path / "b.gguf")))
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(UnembeddingError, match=r"install st-embfilter\[gguf\]"):
         open_unembedding(tmp_path / "b.gguf")
