@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from st_embfilter.text import lazy_names
 
 if TYPE_CHECKING:
+    from st_embfilter.corpus.encode import encode_corpus
     from st_embfilter.errors import EmbedFilterError
     from st_embfilter.model.attach import add_filter, stack_filter
     from st_embfilter.model.build import build_filter, filter_from_weight, from_causal_lm
@@ -36,6 +37,7 @@ __all__ = [
     "add_filter",
     "build_filter",
     "calibrate_filter",
+    "encode_corpus",
     "filter_from_weight",
     "from_causal_lm",
     "load",
@@ -59,6 +61,7 @@ _load = lazy_names(
         "add_filter": "model.attach",
         "build_filter": "model.build",
         "calibrate_filter": "model.calibrate",
+        "encode_corpus": "corpus.encode",
         "filter_from_weight": "model.build",
         "from_causal_lm": "model.build",
         "load": "saved.load",

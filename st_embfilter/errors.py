@@ -67,6 +67,10 @@ class CorpusError(EmbedFilterError, ValueError):
     """Texts to count or to embed cannot be read as asked."""
 
 
+class WorkerError(EmbedFilterError, RuntimeError):
+    """A process that encodes died, or lacks memory."""
+
+
 class LensError(EmbedFilterError, ValueError):
     """The lens cannot read this model as asked."""
 

@@ -45,6 +45,7 @@ ROOMS = (
     "unembedding",
     "model",
     "saved",
+    "corpus",
     "lens",
     "evaluation",
     "cli",

@@ -3,7 +3,19 @@
 Commands import what they run inside their functions, so that `--help` is quick.
 """
 
-from st_embfilter.cli import bench, build, card, demo, evaluate, inspect, lens, push, verify
+from st_embfilter.cli import bench, build, card, demo, encode, evaluate, inspect, lens, push, verify
 from st_embfilter.cli.app import app
 
-__all__ = ["app", "bench", "build", "card", "demo", "evaluate", "inspect", "lens", "push", "verify"]
+__all__ = [
+    "app",
+    "bench",
+    "build",
+    "card",
+    "demo",
+    "encode",
+    "evaluate",
+    "inspect",
+    "lens",
+    "push",
+    "verify",
+]

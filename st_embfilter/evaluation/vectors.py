@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from st_embfilter.errors import EmbedFilterError
+from st_embfilter.model.fingerprint import fingerprint
 
 Vectors = NDArray[np.float32]
 
@@ -141,44 +138,6 @@ class VectorStore:
         if file is not None:
             _write(file, vectors)
         return vectors
-
-
-def fingerprint(model: SentenceTransformer) -> str:
-    """Hash of everything that an embedding depends on: weights, tokenizer, settings, libraries."""
-    digest = hashlib.sha256()
-    for package in ("sentence-transformers", "transformers"):
-        digest.update(f"{package} {version(package)}\n".encode())
-    settings: list[object] = [
-        [
-            type(module).__module__,
-            type(module).__qualname__,
-            getattr(module, "get_config_dict", dict)(),
-            getattr(module, "max_seq_length", None),
-        ]
-        for module in model.children()
-    ]
-    shared = [model.prompts, model.default_prompt_name, model.truncate_dim]
-    digest.update(json.dumps([settings, shared], sort_keys=True, default=repr).encode())
-    digest.update(_tokenizer(model).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(_bytes(value))
-    return digest.hexdigest()
-
-
-def _tokenizer(model: SentenceTransformer) -> str:
-    tokenizer = model.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return repr(tokenizer)
-    # Truncation and padding are what the last call left behind.
-    content = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
-    return json.dumps([content, tokenizer.padding_side, tokenizer.pad_token], sort_keys=True)
-
-
-def _bytes(value: Tensor) -> memoryview:
-    flat: NDArray[np.uint8] = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return flat.data
 
 
 def _hash(parts: Iterable[str | None]) -> str:

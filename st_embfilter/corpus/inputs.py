@@ -1,0 +1,460 @@
+"""Rows of files: Parquet, JSON Lines, tables and plain text, here or behind a URL.
+
+Parquet is read by pyarrow; lines are split and parsed here, because pyarrow's own readers refuse a
+whole file over one bad row. Memory holds a few MiB of a file, or its longest row.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import IO, Any, Final, Literal, NamedTuple
+
+from st_embfilter.errors import CorpusError, MissingPackageError
+
+Format = Literal["parquet", "jsonl", "csv", "tsv", "text"]
+
+_FORMATS: Final[dict[str, Format]] = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".text": "text",
+}
+_CODECS: Final = {".gz": "gzip", ".zst": "zstd"}
+
+#: Bytes that are read, and of a Parquet column decoded, at a time.
+_BLOCK: Final = 1 << 20
+_BATCH: Final = 4 << 20
+
+#: Longest field of a table in bytes. A quote that is never closed would swallow the file.
+_LONGEST_FIELD: Final = 1 << 26
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file of texts.
+
+    Attributes:
+        url: Absolute path, or URL.
+        size: In bytes, as stored.
+        format: By its suffix.
+        codec: "gzip", "zstd" or None.
+    """
+
+    url: str
+    size: int
+    format: Format
+    codec: str | None = None
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place between two rows.
+
+    Attributes:
+        number: Rows before it, over all inputs.
+        file: Index of the input.
+        row: Rows before it in that input; lines, or records of a table without its header.
+        byte: Where that row begins, in an uncompressed file of lines; else 0.
+    """
+
+    number: int = 0
+    file: int = 0
+    row: int = 0
+    byte: int = 0
+
+
+class Row(NamedTuple):
+    """One row.
+
+    Attributes:
+        number: Rows before it, over all inputs.
+        file: Index of its input.
+        place: Rows before it in that input.
+        id: As the input gives it; the number if it gives none.
+        text: None for a bad row, and for a blank line between records.
+        reason: Why it is bad.
+    """
+
+    number: int
+    file: int
+    place: int
+    id: str | int | None
+    text: str | None
+    reason: str = ""
+
+
+def find_inputs(patterns: Sequence[str | os.PathLike[str]]) -> list[Input]:
+    """The files behind paths, folders, globs and fsspec URLs, in the order given.
+
+    The files of a folder or glob come in the order of their names; those that begin with `_` or `.`
+    are left out of a folder.
+
+    Raises:
+        CorpusError: If a pattern matches nothing, or a file's suffix says nothing.
+    """
+    import fsspec
+
+    found: list[Input] = []
+    for pattern in [os.fspath(item) for item in patterns]:
+        try:
+            fs, path = fsspec.core.url_to_fs(pattern)
+            if any(c in path for c in "*?["):
+                paths = sorted(p for p in fs.glob(path) if not fs.isdir(p))
+            elif fs.isdir(path):
+                inside = ((p, p[len(path) :].strip("/").split("/")) for p in fs.find(path))
+                paths = sorted(p for p, parts in inside if not any(x[:1] in "_." for x in parts))
+            else:
+                paths = [path] if fs.exists(path) else []
+            sizes = [int(fs.size(p)) for p in paths]
+        except ImportError as error:
+            raise MissingPackageError(f"{pattern} needs another package: {error}") from error
+        except (OSError, ValueError) as error:
+            raise CorpusError(f"inputs must be readable, got {pattern}: {error}") from error
+        if not paths:
+            raise CorpusError(f"inputs must exist, got {pattern}, which matches no file")
+        local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+        for path, size in zip(paths, sizes, strict=True):
+            url = path if local else fs.unstrip_protocol(path)
+            found.append(_input(url, size))
+    return found
+
+
+def _input(url: str, size: int) -> Input:
+    stem, suffix = os.path.splitext(url)
+    codec = _CODECS.get(suffix.lower())
+    if codec is not None:
+        suffix = os.path.splitext(stem)[1]
+    kind = _FORMATS.get(suffix.lower())
+    if kind is None:
+        raise CorpusError(
+            f"an input must end in {', '.join(_FORMATS)} (lines also in .gz or .zst), got {url}"
+        )
+    return Input(url, size, kind, codec)
+
+
+class Rows:
+    """The rows of several inputs, one after another, bad ones and blank lines too.
+
+    Args:
+        inputs: Of `find_inputs`.
+        text: Name of the column that holds the texts; dots lead into nested ones.
+        id: Name of the column that identifies rows, None for their numbers.
+        start: Where to begin.
+
+    Attributes:
+        position: Behind the last row given.
+        consumed: Bytes of the inputs that were read, as stored.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Input],
+        *,
+        text: str = "text",
+        id: str | None = None,  # noqa: A002
+        start: Position = Position(),
+    ) -> None:
+        self._inputs, self._text, self._id = inputs, text, id
+        self.position = start
+        self.consumed = sum(item.size for item in inputs[: start.file])
+
+    def __iter__(self) -> Iterator[Row]:
+        while self.position.file < len(self._inputs):
+            file = self._inputs[self.position.file]
+            before = self.consumed
+            with _reading(file):
+                yield from (self._parquet if file.format == "parquet" else self._lines)(file)
+            self.consumed = before + file.size
+            self.position = Position(self.position.number, self.position.file + 1)
+
+    def _row(self, value: object, key: object, reason: str = "") -> Row:
+        """Checks what a row holds; moves on by one."""
+        here = self.position
+        where = (here.number, here.file, here.row)
+        if reason == _BLANK:
+            return Row(*where, None, None)
+        if not reason:
+            if not isinstance(value, str):
+                reason = "null" if value is None else f"not a string but {type(value).__name__}"
+            elif not value.isascii() and not _encodes(value):
+                reason = "broken UTF-8"
+        if self._id is None:
+            key = here.number
+        elif not reason and (not isinstance(key, str | int) or isinstance(key, bool)):
+            reason = f"an id must be a string or an integer, got {type(key).__name__}"
+        if reason or not isinstance(value, str) or not isinstance(key, str | int):
+            return Row(*where, None, None, reason)
+        return Row(*where, key, value)
+
+    def _parquet(self, file: Input) -> Iterator[Row]:
+        import pyarrow.parquet as pq
+
+        with open_input(file) as stream, pq.ParquetFile(stream, buffer_size=_BLOCK) as table:
+            wanted = [self._text] if self._id is None else [self._text, self._id]
+            columns = [_find_column(table.schema_arrow, name, file.url) for name in wanted]
+            before, first = self.consumed, 0
+            for group in range(table.num_row_groups):
+                size = table.metadata.row_group(group)
+                skip = self.position.row - first
+                first += size.num_rows
+                if skip >= size.num_rows:
+                    continue
+                widest = sum(
+                    size.column(i).total_uncompressed_size
+                    for i in range(size.num_columns)
+                    if size.column(i).path_in_schema.split(".")[0]
+                    in {path.split(".")[0] for path in wanted}
+                )
+                rows = max(1, min(4096, _BATCH * size.num_rows // max(widest, 1)))
+                batches = table.iter_batches(
+                    rows, row_groups=[group], columns=wanted, use_threads=False
+                )
+                for batch in batches:
+                    if skip >= batch.num_rows:
+                        skip -= batch.num_rows
+                        continue
+                    values = [_strings(_column(batch, path)[skip:]) for path in columns]
+                    for pair in zip(*values, strict=True):
+                        key = pair[-1]
+                        reason = "broken UTF-8" if isinstance(pair[0], bytes) else ""
+                        if isinstance(key, bytes):
+                            reason = "broken UTF-8 in the id"
+                        row = self._row(pair[0], key, reason)
+                        self.position = replace(
+                            self.position, number=row.number + 1, row=self.position.row + 1
+                        )
+                        yield row
+                    skip = 0
+                    done = self.position.row / max(table.metadata.num_rows, 1)
+                    self.consumed = before + int(file.size * done)
+
+    def _lines(self, file: Input) -> Iterator[Row]:
+        seekable = file.codec is None and file.format in ("jsonl", "text")
+        before = self.consumed
+        with open_input(file) as raw, _decompressed(raw, file.codec) as stream:
+            byte = self.position.byte if seekable else 0
+            if byte:
+                stream.seek(byte)
+            skip = 0 if byte else self.position.row
+            records = _records(file, _split(stream), byte == 0, self._text, self._id)
+            for count, (value, key, reason, length) in enumerate(records):
+                byte += length
+                if count < skip:
+                    continue
+                row = self._row(value, key, reason)
+                old = self.position
+                self.position = Position(
+                    old.number + 1, old.file, old.row + 1, byte if seekable else 0
+                )
+                if count % 1024 == 0:
+                    self.consumed = before + raw.tell()
+                yield row
+
+
+_BLANK: Final = "blank"
+
+
+def _records(
+    file: Input, lines: Iterator[bytes], whole: bool, text: str, id_: str | None
+) -> Iterator[tuple[object, object, str, int]]:
+    """Text, id, why it is bad, and length in bytes, of each row of a file of lines."""
+    if file.format in ("csv", "tsv"):
+        yield from _table(file, lines, text, id_)
+        return
+    for i, line in enumerate(lines):
+        content = line.removeprefix(b"\xef\xbb\xbf") if whole and i == 0 else line
+        try:
+            if file.format == "text":
+                yield content.rstrip(b"\r\n").decode(), None, "", len(line)
+                continue
+            if not content.strip():
+                yield None, None, _BLANK, len(line)  # a line, and no row
+                continue
+            record = json.loads(content)
+        except UnicodeDecodeError:
+            yield None, None, "broken UTF-8", len(line)
+        except (ValueError, RecursionError):
+            yield None, None, "no JSON", len(line)
+        else:
+            key = None if id_ is None else _nested(record, id_)
+            yield _nested(record, text), key, "", len(line)
+
+
+def _table(
+    file: Input, lines: Iterator[bytes], text: str, id_: str | None
+) -> Iterator[tuple[object, object, str, int]]:
+    decoded = (line.decode("utf-8", "surrogateescape") for line in lines)
+    csv.field_size_limit(_LONGEST_FIELD)
+    if file.format == "tsv":
+        reader = csv.reader(decoded, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(decoded)
+    header = [name.removeprefix("\ufeff") for name in next(reader, [])]
+    wanted = [text] if id_ is None else [text, id_]
+    for name in wanted:
+        if name not in header:
+            raise CorpusError(
+                f"{file.url} must have the column {name!r}, got {', '.join(header)[:200]}"
+            )
+    places = [header.index(name) for name in wanted]
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise CorpusError(
+                f"{file.url}, line {reader.line_num}: {error}; is a quote never closed?"
+            ) from error
+        if len(fields) != len(header):
+            if fields:
+                yield None, None, f"{len(fields)} fields, the header has {len(header)}", 0
+            else:
+                yield None, None, _BLANK, 0
+        else:
+            yield fields[places[0]], fields[places[-1]], "", 0
+
+
+def _split(stream: IO[bytes]) -> Iterator[bytes]:
+    """Lines with their ends, whatever their length."""
+    parts: list[bytes] = []
+    while block := stream.read(_BLOCK):
+        start = 0
+        while (end := block.find(b"\n", start) + 1) > 0:
+            yield b"".join([*parts, block[start:end]]) if parts else block[start:end]
+            parts, start = [], end
+        if start < len(block):
+            parts.append(block[start:])
+    if parts:
+        yield b"".join(parts)
+
+
+def _nested(record: object, path: str) -> object:
+    """A value by its name, or by names with dots between; None if there is none."""
+    if isinstance(record, dict) and path in record:
+        return record[path]
+    for name in path.split("."):
+        record = record.get(name) if isinstance(record, dict) else None
+    return record
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return True
+
+
+@contextmanager
+def _reading(file: Input) -> Iterator[None]:
+    """Turns what can go wrong while a file is read into one error."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(f"{file.url} can no longer be read: {error}") from error
+
+
+@contextmanager
+def open_input(file: Input) -> Iterator[IO[bytes]]:
+    """The bytes of a file as stored."""
+    import fsspec
+
+    with fsspec.open(file.url, "rb", compression=None) as stream:
+        yield stream
+
+
+@contextmanager
+def _decompressed(stream: IO[bytes], codec: str | None) -> Iterator[Any]:
+    if codec is None:
+        yield stream
+        return
+    import pyarrow as pa
+
+    with pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec) as inner:
+        yield inner
+
+
+def id_type(inputs: Sequence[Input], id: str | None) -> Literal["int64", "string"]:  # noqa: A002
+    """What ids are stored as: row numbers, and integers of Parquet files alone, as integers."""
+    if id is None:
+        return "int64"
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in inputs:
+        if file.format != "parquet":
+            return "string"
+        with _reading(file), open_input(file) as stream:
+            schema = pq.read_schema(stream)
+            kind: Any = schema
+            for name in _find_column(schema, id, file.url):
+                kind = kind.field(name).type
+        if not pa.types.is_integer(kind) or pa.types.is_uint64(kind):
+            return "string"
+    return "int64"
+
+
+def _find_column(schema: Any, path: str, where: str) -> list[str]:
+    """The names that lead to a column."""
+    import pyarrow as pa
+
+    if path in schema.names:
+        return [path]
+    names, kind = path.split("."), schema
+    for name in names:
+        inside = kind.names if isinstance(kind, pa.Schema) else [f.name for f in _fields(kind)]
+        if name not in inside:
+            raise CorpusError(
+                f"{where} must have the column {path!r}, got {', '.join(schema.names)[:200]}"
+            )
+        kind = kind.field(name).type
+    return names
+
+
+def _fields(kind: Any) -> list[Any]:
+    import pyarrow as pa
+
+    return [kind.field(i) for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+
+
+def _column(batch: Any, path: Sequence[str]) -> Any:
+    """A column, with null where a struct around it is null."""
+    import pyarrow.compute as pc
+
+    column = batch.column(path[0])
+    return pc.struct_field(column, list(path[1:])) if len(path) > 1 else column
+
+
+def _strings(column: Any) -> list[object]:
+    """Values of a column; bytes where a string is no UTF-8."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    binary = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+    if not binary:
+        try:
+            return list(column.to_pylist())
+        except UnicodeDecodeError:
+            column = column.cast(pa.large_binary())
+    return [None if item is None else _decode(item) for item in column.to_pylist()]
+
+
+def _decode(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
