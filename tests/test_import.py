@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("mteb", "datasets", "matplotlib", "faiss", "pandas", "onnxruntime")
+HEAVY = ("mteb", "datasets", "pyarrow", "ray", "matplotlib", "faiss", "pandas", "onnxruntime")
 
 
 PACKAGE = Path(__file__).parents[1] / "st_embfilter"

@@ -6,14 +6,14 @@ whole file over one bad row. Memory holds a few MiB of a file, or its longest ro
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import IO, Any, Final, Literal, NamedTuple
 
+from st_embfilter.corpus.columns import column_at, find_column, strings_of
+from st_embfilter.corpus.lines import BLANK, BLOCK, records_of, split_lines, table_records
 from st_embfilter.errors import CorpusError, MissingPackageError
 
 Format = Literal["parquet", "jsonl", "csv", "tsv", "text"]
@@ -31,12 +31,11 @@ _FORMATS: Final[dict[str, Format]] = {
 }
 _CODECS: Final = {".gz": "gzip", ".zst": "zstd"}
 
-#: Bytes that are read, and of a Parquet column decoded, at a time.
-_BLOCK: Final = 1 << 20
+#: Bytes of a Parquet column that are decoded at a time.
 _BATCH: Final = 4 << 20
 
-#: Longest field of a table in bytes. A quote that is never closed would swallow the file.
-_LONGEST_FIELD: Final = 1 << 26
+#: Rows between the marks of an index.
+MARKS: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class Rows:
         """Checks what a row holds; moves on by one."""
         here = self.position
         where = (here.number, here.file, here.row)
-        if reason == _BLANK:
+        if reason == BLANK:
             return Row(*where, None, None)
         if not reason:
             if not isinstance(value, str):
@@ -199,9 +198,9 @@ class Rows:
     def _parquet(self, file: Input) -> Iterator[Row]:
         import pyarrow.parquet as pq
 
-        with open_input(file) as stream, pq.ParquetFile(stream, buffer_size=_BLOCK) as table:
+        with open_input(file) as stream, pq.ParquetFile(stream, buffer_size=BLOCK) as table:
             wanted = [self._text] if self._id is None else [self._text, self._id]
-            columns = [_find_column(table.schema_arrow, name, file.url) for name in wanted]
+            columns = [find_column(table.schema_arrow, name, file.url) for name in wanted]
             before, first = self.consumed, 0
             for group in range(table.num_row_groups):
                 size = table.metadata.row_group(group)
@@ -223,7 +222,7 @@ class Rows:
                     if skip >= batch.num_rows:
                         skip -= batch.num_rows
                         continue
-                    values = [_strings(_column(batch, path)[skip:]) for path in columns]
+                    values = [strings_of(column_at(batch, path)[skip:]) for path in columns]
                     for pair in zip(*values, strict=True):
                         key = pair[-1]
                         reason = "broken UTF-8" if isinstance(pair[0], bytes) else ""
@@ -246,7 +245,9 @@ class Rows:
             if byte:
                 stream.seek(byte)
             skip = 0 if byte else self.position.row
-            records = _records(file, _split(stream), byte == 0, self._text, self._id)
+            records = records_of(
+                file.url, file.format, split_lines(stream), byte == 0, self._text, self._id
+            )
             for count, (value, key, reason, length) in enumerate(records):
                 byte += length
                 if count < skip:
@@ -261,91 +262,33 @@ class Rows:
                 yield row
 
 
-_BLANK: Final = "blank"
+def index_rows(file: Input, text: str, id: str | None) -> tuple[int, list[int]]:  # noqa: A002
+    """Counts the rows of a file.
 
+    Args:
+        file: The file.
+        text: As in `Rows`.
+        id: As in `Rows`.
 
-def _records(
-    file: Input, lines: Iterator[bytes], whole: bool, text: str, id_: str | None
-) -> Iterator[tuple[object, object, str, int]]:
-    """Text, id, why it is bad, and length in bytes, of each row of a file of lines."""
-    if file.format in ("csv", "tsv"):
-        yield from _table(file, lines, text, id_)
-        return
-    for i, line in enumerate(lines):
-        content = line.removeprefix(b"\xef\xbb\xbf") if whole and i == 0 else line
-        try:
-            if file.format == "text":
-                yield content.rstrip(b"\r\n").decode(), None, "", len(line)
-                continue
-            if not content.strip():
-                yield None, None, _BLANK, len(line)  # a line, and no row
-                continue
-            record = json.loads(content)
-        except UnicodeDecodeError:
-            yield None, None, "broken UTF-8", len(line)
-        except (ValueError, RecursionError):
-            yield None, None, "no JSON", len(line)
-        else:
-            key = None if id_ is None else _nested(record, id_)
-            yield _nested(record, text), key, "", len(line)
+    Returns:
+        Their number and, for an uncompressed file of lines, the byte where every `MARKS`-th begins.
+    """
+    if file.format == "parquet":
+        import pyarrow.parquet as pq
 
-
-def _table(
-    file: Input, lines: Iterator[bytes], text: str, id_: str | None
-) -> Iterator[tuple[object, object, str, int]]:
-    decoded = (line.decode("utf-8", "surrogateescape") for line in lines)
-    csv.field_size_limit(_LONGEST_FIELD)
-    if file.format == "tsv":
-        reader = csv.reader(decoded, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(decoded)
-    header = [name.removeprefix("\ufeff") for name in next(reader, [])]
-    wanted = [text] if id_ is None else [text, id_]
-    for name in wanted:
-        if name not in header:
-            raise CorpusError(
-                f"{file.url} must have the column {name!r}, got {', '.join(header)[:200]}"
-            )
-    places = [header.index(name) for name in wanted]
-    while True:
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise CorpusError(
-                f"{file.url}, line {reader.line_num}: {error}; is a quote never closed?"
-            ) from error
-        if len(fields) != len(header):
-            if fields:
-                yield None, None, f"{len(fields)} fields, the header has {len(header)}", 0
-            else:
-                yield None, None, _BLANK, 0
-        else:
-            yield fields[places[0]], fields[places[-1]], "", 0
-
-
-def _split(stream: IO[bytes]) -> Iterator[bytes]:
-    """Lines with their ends, whatever their length."""
-    parts: list[bytes] = []
-    while block := stream.read(_BLOCK):
-        start = 0
-        while (end := block.find(b"\n", start) + 1) > 0:
-            yield b"".join([*parts, block[start:end]]) if parts else block[start:end]
-            parts, start = [], end
-        if start < len(block):
-            parts.append(block[start:])
-    if parts:
-        yield b"".join(parts)
-
-
-def _nested(record: object, path: str) -> object:
-    """A value by its name, or by names with dots between; None if there is none."""
-    if isinstance(record, dict) and path in record:
-        return record[path]
-    for name in path.split("."):
-        record = record.get(name) if isinstance(record, dict) else None
-    return record
+        with _reading(file), open_input(file) as stream:
+            return int(pq.read_metadata(stream).num_rows), []
+    marks: list[int] = []
+    count = byte = 0
+    with _reading(file), open_input(file) as raw, _decompressed(raw, file.codec) as stream:
+        lines = split_lines(stream)
+        if file.format in ("csv", "tsv"):
+            return sum(1 for _ in table_records(file.url, file.format, lines, text, id)), []
+        for line in lines:
+            if count % MARKS == 0 and file.codec is None:
+                marks.append(byte)
+            count, byte = count + 1, byte + len(line)
+    return count, marks
 
 
 def _encodes(text: str) -> bool:
@@ -400,61 +343,8 @@ def id_type(inputs: Sequence[Input], id: str | None) -> Literal["int64", "string
         with _reading(file), open_input(file) as stream:
             schema = pq.read_schema(stream)
             kind: Any = schema
-            for name in _find_column(schema, id, file.url):
+            for name in find_column(schema, id, file.url):
                 kind = kind.field(name).type
         if not pa.types.is_integer(kind) or pa.types.is_uint64(kind):
             return "string"
     return "int64"
-
-
-def _find_column(schema: Any, path: str, where: str) -> list[str]:
-    """The names that lead to a column."""
-    import pyarrow as pa
-
-    if path in schema.names:
-        return [path]
-    names, kind = path.split("."), schema
-    for name in names:
-        inside = kind.names if isinstance(kind, pa.Schema) else [f.name for f in _fields(kind)]
-        if name not in inside:
-            raise CorpusError(
-                f"{where} must have the column {path!r}, got {', '.join(schema.names)[:200]}"
-            )
-        kind = kind.field(name).type
-    return names
-
-
-def _fields(kind: Any) -> list[Any]:
-    import pyarrow as pa
-
-    return [kind.field(i) for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
-
-
-def _column(batch: Any, path: Sequence[str]) -> Any:
-    """A column, with null where a struct around it is null."""
-    import pyarrow.compute as pc
-
-    column = batch.column(path[0])
-    return pc.struct_field(column, list(path[1:])) if len(path) > 1 else column
-
-
-def _strings(column: Any) -> list[object]:
-    """Values of a column; bytes where a string is no UTF-8."""
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    binary = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
-    if not binary:
-        try:
-            return list(column.to_pylist())
-        except UnicodeDecodeError:
-            column = column.cast(pa.large_binary())
-    return [None if item is None else _decode(item) for item in column.to_pylist()]
-
-
-def _decode(value: bytes) -> str | bytes:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value
