@@ -16,10 +16,10 @@ from sentence_transformers.util import quantize_embeddings
 
 from st_embfilter.corpus.shard import Precision, Settings, Vectors
 from st_embfilter.errors import BackboneError, WorkerError
-from st_embfilter.model.build import load
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.fingerprint import fingerprint
 from st_embfilter.model.modules_file import MODULES_FILE
+from st_embfilter.saved.load import load
 from st_embfilter.spectrum.band import Band
 from st_embfilter.unembedding.source import Source
 
