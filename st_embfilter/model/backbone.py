@@ -14,13 +14,15 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from st_embfilter.errors import BackboneError, UnembeddingError
+from st_embfilter.errors import BackboneError, EmbedFilterError, UnembeddingError
 from st_embfilter.files.tensors import check_inside
 from st_embfilter.model.gguf_backbone import readable
+from st_embfilter.model.whole import check_finite, loaded_whole
 from st_embfilter.text import first_line, read_json
+from st_embfilter.unembedding.adapter import Adapter
 from st_embfilter.unembedding.source import Source
 
 #: What `SentenceTransformer` calls on a plain text backbone. Given explicitly, because it would
@@ -76,22 +78,29 @@ def load_backbone(
     source, dtype = readable(source, dtype)
     if source.is_folder:
         check_links(Path(source.name))
-    hub = source.for_transformers()
+    adapter = Adapter.open(source.files)
+    base = source if adapter is None else source.base(adapter)
+    hub = base.for_transformers()
     try:
-        backbone: Transformer = module_class(
-            source.name,
-            model_kwargs={**hub, **({} if dtype is None else {"dtype": dtype})},
-            processor_kwargs=dict(hub),
-            config_kwargs=dict(hub),
-            modality_config=modality_config,
-            module_output_name="token_embeddings",
-        )
+        with loaded_whole():
+            backbone: Transformer = module_class(
+                base.name,
+                model_kwargs={**hub, **({} if dtype is None else {"dtype": dtype})},
+                processor_kwargs=dict(hub),
+                config_kwargs=dict(hub),
+                modality_config=modality_config,
+                module_output_name="token_embeddings",
+            )
+            if adapter is not None:
+                _merge(backbone, source)
+    except EmbedFilterError:
+        raise
     except Exception as error:  # files of strangers fail in many ways, all mean the same
         raise BackboneError(
             "EmbedFilter needs a text backbone that sentence-transformers can load with AutoModel "
             f"and AutoProcessor, got {source.name}: {first_line(error)}"
         ) from error
-    merge_adapter(backbone.auto_model)
+    check_finite(backbone.auto_model, source.name)
     tokenizer = backbone.tokenizer
     if tokenizer is None:
         raise BackboneError(
@@ -108,6 +117,42 @@ def load_backbone(
         limit = backbone.max_seq_length
         backbone.max_seq_length = max_seq_length if limit is None else min(max_seq_length, limit)
     return backbone
+
+
+def _merge(backbone: Transformer, adapter: Source) -> None:
+    """Merges an adapter into its base model, whose tokenizer stays if the adapter has none."""
+    hub = adapter.for_transformers()
+    trust_remote_code = hub.pop("trust_remote_code")
+    backbone.auto_model.load_adapter(adapter.name, adapter_kwargs=hub)
+    merge_adapter(backbone.auto_model)
+    if adapter.files.path(TOKENIZER_CONFIG) is not None:
+        limit = backbone.max_seq_length
+        tokenizer = AutoTokenizer.from_pretrained(
+            adapter.name, trust_remote_code=trust_remote_code, **hub
+        )
+        if limit is not None:
+            tokenizer.model_max_length = min(limit, tokenizer.model_max_length)
+        backbone.processor = tokenizer
+
+
+def measured(backbone: Transformer) -> Tensor:
+    """The last hidden state (d,) of one token.
+
+    Its width is not the config's hidden size where a projection follows the layers (OPT-350m).
+
+    Raises:
+        BackboneError: If it holds NaN or infinity, whatever the weights.
+    """
+    model = backbone.auto_model
+    with torch.no_grad():
+        hidden: Tensor = model(input_ids=torch.tensor([[0]], device=model.device)).last_hidden_state
+    if not bool(torch.isfinite(hidden).all()):
+        raise BackboneError(
+            "a backbone must give finite hidden states, got NaN or infinity for a single token "
+            f"from {type(model).__name__}; its checkpoint or its configuration is damaged, or its "
+            "dtype is too narrow"
+        )
+    return hidden[0, -1]
 
 
 def check_links(folder: Path) -> None:
@@ -141,17 +186,6 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
             tokenizer.pad_token = candidate
             return
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-
-
-def measured_width(backbone: Transformer) -> int:
-    """Width of the last hidden state, from a run on one token.
-
-    It is not the config's hidden size where a projection follows the layers, as in OPT-350m.
-    """
-    model = backbone.auto_model
-    with torch.no_grad():
-        output = model(input_ids=torch.tensor([[0]], device=model.device))
-    return int(output.last_hidden_state.shape[-1])
 
 
 def has_adapter(model: nn.Module) -> bool:

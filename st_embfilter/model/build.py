@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from st_embfilter.errors import CalibrationError, PlacementError, PromptError, ShapeError
-from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH, load_backbone, measured_width
+from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH, load_backbone, measured
 from st_embfilter.model.calibrate import calibrate_filter, sample_texts
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.gguf_backbone import readable
@@ -118,11 +118,9 @@ def from_causal_lm(
         module_class=transformer_class(recipe),
         modality_config=modality_config(recipe),
     )
+    width = measured(backbone).shape[0]
     where = device if device is not None and device.startswith("cuda") else "cpu"
     layer = fit_filter(unembedding, chosen, device=where, show_progress_bar=show_progress_bar)
-    width = backbone.get_embedding_dimension()
-    if width != layer.in_features:  # the config may name the width of the layers, not the output's
-        width = measured_width(backbone)
     check_width(layer, width)
     if recipe is None:
         pool = Pooling(width, pooling or "mean")

@@ -18,6 +18,7 @@ from st_embfilter.model.modules_file import (
     parse_modules,
 )
 from st_embfilter.model.pipeline import replace_module
+from st_embfilter.model.whole import check_finite, loaded_whole
 from st_embfilter.saved.layout import TRANSFORMER_CONFIG, check_length
 from st_embfilter.text import first_line, read_json
 from st_embfilter.unembedding.source import Source
@@ -54,9 +55,10 @@ def load(
     if source.files.commit is not None:  # should the branch move meanwhile
         kwargs["revision"] = source.files.commit
     try:
-        model = SentenceTransformer(
-            source.name, trust_remote_code=source.trust_remote_code, **kwargs
-        )
+        with loaded_whole():
+            model = SentenceTransformer(
+                source.name, trust_remote_code=source.trust_remote_code, **kwargs
+            )
     except EmbedFilterError:
         raise
     except Exception as error:  # files of strangers fail in many ways, all mean the same
@@ -64,6 +66,7 @@ def load(
             "a saved model must load with sentence-transformers, got "
             f"{source.name}: {first_line(error)}"
         ) from error
+    check_finite(model, source.name)
     if filter_of(model) is not None:
         return model
     dense = next(module for module in model.children() if isinstance(module, Dense))

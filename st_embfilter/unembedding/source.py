@@ -132,7 +132,7 @@ class Source:
             raise UnembeddingError(f"a model folder must exist, got {self.name}; check the path")
         self.files.path(CONFIG_FILE)  # first, as it pins the commit
         adapter = Adapter.open(self.files)
-        base = self if adapter is None else self._base(adapter)
+        base = self if adapter is None else self.base(adapter)
         model = meta_model(
             base.config(), masked_lm=self.masked_lm, trust_remote_code=self.trust_remote_code
         )
@@ -164,7 +164,7 @@ class Source:
             ) from error
         return config
 
-    def _base(self, adapter: Adapter) -> Source:
+    def base(self, adapter: Adapter) -> Source:
         """The base model of an adapter."""
         return Source(
             adapter.config["base_model_name_or_path"],
