@@ -36,7 +36,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 import st_embfilter
-from st_embfilter.errors import UnembeddingError
+from st_embfilter.errors import BackboneError, UnembeddingError
 from st_embfilter.unembedding.source import open_unembedding
 
 TEXTS: Final = ["the cup of tea is in the light", "a glacier", "sugar rates , sugar tea ."]
@@ -318,9 +318,13 @@ def exercise(model_type: str, folder: Path) -> Outcome:
     head = model.get_output_embeddings()
     check(torch.equal(weight, head.weight), "W_U is the live head")
 
-    embedder = st_embfilter.from_causal_lm(
-        source, keep=0.5, masked_lm=bool(refusal), device="cpu", show_progress_bar=False
-    )
+    try:
+        embedder = st_embfilter.from_causal_lm(
+            source, keep=0.5, masked_lm=bool(refusal), device="cpu", show_progress_bar=False
+        )
+    except BackboneError as error:
+        # This transformers does not load what it saved itself.
+        return Outcome(model_type, "refused", str(error).replace(f", in {source}", ""))
     if not refusal:
         check_reads_hidden_state(model, embedder, weight)
     embeddings = embedder.encode(TEXTS)
