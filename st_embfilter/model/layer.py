@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,6 +32,8 @@ _FOLDERS: Final = (("2_Dense/", ""), ("2_EmbedFilterLayer/", "2_EmbedFilterLayer
 MAX_SKEW: Final = 0.01
 
 FEATURE: Final = "sentence_embedding"
+
+logger = logging.getLogger(__name__)
 
 
 class EmbedFilterLayer(Module):
@@ -140,7 +143,19 @@ class EmbedFilterLayer(Module):
     def save(
         self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
     ) -> None:
-        """Writes a folder that is valid for `Dense`, plus the metadata and the spectrum."""
+        """Writes a folder that is valid for `Dense`, plus the metadata and the spectrum.
+
+        sentence-transformers calls it from its own `save_pretrained`.
+        """
+        logger.warning(
+            "%s is in the form of sentence-transformers, which loads only with trust_remote_code "
+            "and this package; st_embfilter.save_pretrained(model, path) writes the form that "
+            "loads everywhere",
+            output_path,
+        )
+        self._write(output_path, safe_serialization)
+
+    def _write(self, output_path: str, safe_serialization: bool = True) -> None:
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
         write_metadata(output_path, self)
@@ -266,7 +281,7 @@ class EmbedFilterLayer(Module):
         return read_filter(files)
 
     def _fill(self, folder: Path, *name: str) -> None:
-        self.save(str(folder))
+        self._write(str(folder))
         (folder / "README.md").write_text(filter_card(self.metadata, *name), encoding="utf-8")
 
 
