@@ -205,9 +205,7 @@ def _traced(config: PretrainedConfig) -> _Trace:
 
         return hook
 
-    leaves = {
-        name: module for name, module in model.named_modules() if not any(module.children())
-    }
+    leaves = {name: module for name, module in model.named_modules() if not any(module.children())}
     handles = [module.register_forward_hook(watch(name)) for name, module in leaves.items()]
     try:
         with torch.no_grad():
