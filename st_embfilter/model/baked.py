@@ -13,10 +13,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from st_embfilter.errors import UnembeddingError
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import Spectrum, spectrum_of
-from st_embfilter.unembedding.residual import rotated_columns
+from st_embfilter.unembedding.residual import check_gain, rotated_columns
 
 #: Values of a matrix that are worked on at a time.
 BLOCK_VALUES: Final = 2**20
@@ -51,21 +50,6 @@ def folded_spectrum(read_rows: ReadRows, shape: tuple[int, int], gain: Tensor) -
             yield read_rows(first, last).to(torch.float64) * wide
 
     return spectrum_of(blocks, shape[1])
-
-
-def check_gain(gain: Tensor) -> None:
-    """Checks that the gain of a norm can be undone.
-
-    Raises:
-        UnembeddingError: If it is zero or not finite somewhere.
-    """
-    bad = (gain == 0) | ~torch.isfinite(gain)
-    if bool(bad.any()):
-        raise UnembeddingError(
-            "the gains of the norm before the unembedding matrix must be finite and not zero to be "
-            f"folded, got {int(bad.sum())} that are, first at {int(bad.nonzero()[0])}; use "
-            "norm='kept'"
-        )
 
 
 def rotation_of(spectrum: Spectrum, band: Band) -> Tensor:

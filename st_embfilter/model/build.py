@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -51,6 +52,7 @@ def from_causal_lm(
     token: str | bool | None = None,
     masked_lm: bool = False,
     trust_remote_code: bool = False,
+    norm: Literal["folded"] | None = None,
     show_progress_bar: bool = True,
 ) -> SentenceTransformer:
     """Turns a decoder language model into a filtered text embedder.
@@ -82,6 +84,8 @@ def from_causal_lm(
         masked_lm: Whether the model is a masked language model, whose decoder matrix is taken;
             outside the paper.
         trust_remote_code: Whether model code of the checkpoint may run.
+        norm: "folded" for the spectrum of W_U diag(g), g the gain of the norm before it, instead
+            of the paper's; what `st-embfilter export` bakes into a model.
         show_progress_bar: Whether bars are shown while weights are dequantised and W_U is read.
 
     Returns:
@@ -96,6 +100,7 @@ def from_causal_lm(
         token=token,
         trust_remote_code=trust_remote_code,
         masked_lm=masked_lm,
+        norm=norm,
     )
     recipe = parse_prompt(prompt, prompt_encoding)
     check_strength(calibration_strength)
@@ -176,6 +181,7 @@ def build_filter(
     token: str | bool | None = None,
     masked_lm: bool = False,
     trust_remote_code: bool = False,
+    norm: Literal["folded"] | None = None,
     show_progress_bar: bool = True,
 ) -> EmbedFilterLayer:
     """The filter of a language model; reads its unembedding matrix and nothing else.
@@ -193,6 +199,8 @@ def build_filter(
         token: Hub token.
         masked_lm: Whether the model is a masked language model; outside the paper.
         trust_remote_code: Whether model code of the checkpoint may run.
+        norm: "folded" for the spectrum of W_U diag(g), g the gain of the norm before it, instead
+            of the paper's; what `st-embfilter export` bakes into a model.
         show_progress_bar: Whether a bar is shown while the unembedding matrix is read.
 
     Raises:
@@ -205,6 +213,7 @@ def build_filter(
         revision=revision,
         token=token,
         masked_lm=masked_lm,
+        norm=norm,
         trust_remote_code=trust_remote_code,
     )
     return fit_filter(
@@ -267,9 +276,14 @@ def fit_filter(
             device=device,
             progress=lambda done, total: bar.update(max(0, done - bar.n)),
         )
-    return EmbedFilterLayer(
-        spectrum.projection(band), FilterMetadata(provenance, band), spectrum.singular_values
-    )
+    projection, gain = spectrum.projection(band), unembedding.gain
+    if gain is None:
+        return EmbedFilterLayer(
+            projection, FilterMetadata(provenance, band), spectrum.singular_values
+        )
+    # The directions are those of h / g; one linear layer either way.
+    metadata = FilterMetadata(provenance, band, norm="folded")
+    return EmbedFilterLayer(projection / gain, metadata, spectrum.singular_values)
 
 
 def check_width(layer: EmbedFilterLayer, width: int | None) -> None:

@@ -339,7 +339,7 @@ def assemble(
             f"shape {tuple(projection.shape)} and {projection.dtype}; the files do not belong "
             "together"
         )
-    if metadata.calibration is None and _skew(projection) > MAX_SKEW:
+    if metadata.calibration is None and metadata.norm is None and _skew(projection) > MAX_SKEW:
         raise FormatError(
             "the rows of a projection must be orthonormal, got a matrix that is not; the file was "
             "edited or is damaged"

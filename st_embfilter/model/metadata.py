@@ -50,6 +50,8 @@ class FilterMetadata:
             `recipe_from_dict`.
         versions: Library versions at the time it was made.
         calibration: How it was calibrated; None for the filter alone.
+        norm: "folded" if its directions are those of W_U diag(g), g the gain of the norm before it;
+            the rows of its matrix are then divided by g.
     """
 
     provenance: Provenance
@@ -57,6 +59,7 @@ class FilterMetadata:
     prompt: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=library_versions)
     calibration: Calibration | None = None
+    norm: str | None = None
 
     @property
     def d(self) -> int:
@@ -94,6 +97,7 @@ class FilterMetadata:
                 "seed": self.band.seed,
                 # The one family whose directions do not follow from d.
                 **({} if self.band.order is None else {"order": list(self.band.order)}),
+                **({} if self.norm is None else {"norm": self.norm}),
             },
             "calibration": None if self.calibration is None else asdict(self.calibration),
             "prompt": None if self.prompt is None else dict(self.prompt),
@@ -143,6 +147,7 @@ class FilterMetadata:
             prompt=None if prompt is None else _prompt(_object(prompt, "prompt")),
             versions=_object(document.get("versions", {}), "versions"),
             calibration=_calibration(document.get("calibration")),
+            norm=_norm(window),
         )
         try:
             derived = {"d": metadata.d, "k": metadata.k, "start": metadata.band.start(metadata.d)}
@@ -169,6 +174,13 @@ def _band(window: dict[str, Any]) -> Band:
         )
     except BandError as error:
         raise FormatError(f"{METADATA_FILE}: {error}") from error
+
+
+def _norm(window: dict[str, Any]) -> str | None:
+    norm: str | None = _typed(window, "norm", str, None)
+    if norm not in (None, "folded"):
+        raise FormatError(f"{METADATA_FILE}: filter.norm must be 'folded' or absent, got {norm!r}")
+    return norm
 
 
 def _calibration(value: object) -> Calibration | None:

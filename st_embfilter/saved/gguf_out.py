@@ -21,7 +21,7 @@ from torch import Tensor
 from st_embfilter.errors import FormatError, OutputError, UnembeddingError
 from st_embfilter.model.baked import folded_spectrum, reading_rows, rotation_of, writing_rows
 from st_embfilter.spectrum.band import Band
-from st_embfilter.unembedding.gguf import INPUT, OUTPUT, GGUFFile, GGUFTensor, library
+from st_embfilter.unembedding.gguf import FINAL_NORM, INPUT, OUTPUT, GGUFFile, GGUFTensor, library
 from st_embfilter.unembedding.residual import Residual
 
 Kind = Literal["f32", "f16", "q8_0"]
@@ -38,7 +38,6 @@ POOLING_TYPES: Final = {"mean": 1, "cls": 2, "lasttoken": 3}
 _FILE_TYPES: Final = {"f32": 0, "f16": 1, "q8_0": 7}
 
 _FILE_TYPE_KEY: Final = "general.file_type"
-_FINAL_NORM: Final = "output_norm.weight"
 
 #: What the format's names say: the norm before each matrix that reads the stream, the matrices
 #: that add to it, and the tensors that do neither.
@@ -116,7 +115,7 @@ def export_gguf(
         file = GGUFFile.open(source)
         residual = gguf_residual(file)
         head = file.tensors.get(OUTPUT, file.tensors[INPUT])
-        gain = file.rows(file.tensors[_FINAL_NORM]).to(torch.float64)
+        gain = file.rows(file.tensors[FINAL_NORM]).to(torch.float64)
         shape = (head.shape[0], head.shape[1])
         width = chosen.width(shape[1])
         spectrum = folded_spectrum(partial(file.rows, head), shape, gain)
@@ -124,7 +123,7 @@ def export_gguf(
         if like is not None:
             _check_like(like * gain, rotation[:width])
         arch = file.metadata["general.architecture"]
-        keys = {
+        keys: dict[str, int | str] = {
             _FILE_TYPE_KEY: _FILE_TYPES[kind],
             f"{arch}.pooling_type": POOLING_TYPES[pooling],
             DIMENSIONS_KEY: width,
@@ -164,7 +163,7 @@ def gguf_residual(file: GGUFFile) -> Residual:
         if "_exps" in name or "ffn_gate_inp" in name:
             raise _refusal(f"a mixture of experts, with {name!r}")
     count = int(file.metadata[f"{arch}.block_count"])
-    reads: dict[str, str] = {OUTPUT: _FINAL_NORM}
+    reads: dict[str, str] = {OUTPUT: FINAL_NORM}
     writes: set[str] = set()
     for block in (f"blk.{n}." for n in range(count)):
         for norm, matrices in _READS.items():
@@ -178,9 +177,9 @@ def gguf_residual(file: GGUFFile) -> Residual:
             reads.update(dict.fromkeys(present, f"{block}{norm}.weight"))
         written = (f"{block}{matrix}.{part}" for matrix in _WRITES for part in ("weight", "bias"))
         writes.update(name for name in written if name in names)
-    known = {INPUT, OUTPUT, _FINAL_NORM, *reads, *reads.values(), *writes}
+    known = {INPUT, OUTPUT, FINAL_NORM, *reads, *reads.values(), *writes}
     unknown = sorted(name for name in names - known if not _INSIDE.fullmatch(name))
-    missing = {INPUT, _FINAL_NORM} - names
+    missing = {INPUT, FINAL_NORM} - names
     if unknown or missing:
         raise _refusal(
             f"a file {'without ' + min(missing) if missing else 'with ' + repr(unknown[0])}, of "
@@ -229,8 +228,8 @@ def _plan(
 
 def _quantized(rows: Iterable[Tensor], kind: Any) -> Iterator[bytes]:
     for block in rows:
-        values = block.to(torch.float32).numpy()
-        yield memoryview(np.ascontiguousarray(library().quantize(values, kind))).cast("B")  # type: ignore[misc]
+        values: np.ndarray[Any, Any] = library().quantize(block.to(torch.float32).numpy(), kind)
+        yield values.tobytes()
 
 
 def _bytes_of(file: GGUFFile, tensor: GGUFTensor) -> Iterator[bytes]:
@@ -304,7 +303,7 @@ def _written(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
 
 
 def _check_like(like: Tensor, rows: Tensor) -> None:
-    """Checks that two sets of k directions span nearly the same: quantised heads differ a little."""
+    """Checks that k directions are nearly those given: quantised heads differ a little."""
     directions = torch.linalg.qr(like.to(torch.float64).T)[0]
     overlap = float((rows[: like.shape[0]] @ directions).square().sum()) / like.shape[0]
     if overlap < 0.9:

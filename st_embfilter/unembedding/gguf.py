@@ -29,6 +29,9 @@ from st_embfilter.text import shown
 OUTPUT: Final = "output.weight"
 INPUT: Final = "token_embd.weight"
 
+#: The name of the gain of the norm before the output embedding.
+FINAL_NORM: Final = "output_norm.weight"
+
 #: Versions with this layout; the first one counted in 32 bits.
 _VERSIONS: Final = (2, 3)
 
@@ -73,11 +76,13 @@ class GGUFFile:
         path: The file.
         metadata: Numbers, booleans, strings and lists of them, by key.
         tensors: By name, in the order of the file.
+        spans: Where the bytes of each key and its value lie, first and one after the last.
     """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    spans: dict[str, tuple[int, int]]
 
     @classmethod
     def open(cls, path: Path) -> GGUFFile:
@@ -92,6 +97,7 @@ class GGUFFile:
             with path.open("rb") as file:
                 header = _Header(file, path)
                 metadata, tensors = header.read()
+                spans = header.spans
         except (struct.error, UnicodeDecodeError, MemoryError, ValueError, OverflowError) as error:
             if isinstance(error, UnembeddingError):
                 raise
@@ -104,7 +110,7 @@ class GGUFFile:
                 f"a GGUF model must be one file, got one part of several in {path.name}; join them "
                 "with `llama-gguf-split --merge`"
             )
-        return cls(path, metadata, tensors)
+        return cls(path, metadata, tensors, spans)
 
     def rows(self, tensor: GGUFTensor, first: int = 0, last: int | None = None) -> Tensor:
         """Rows of a tensor, dequantised.
@@ -146,6 +152,7 @@ class _Header:
         self._file = file
         self._path = path
         self._size = path.stat().st_size
+        self.spans: dict[str, tuple[int, int]] = {}
 
     def read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         if self._file.read(4) != b"GGUF":
@@ -161,8 +168,10 @@ class _Header:
         tensor_count, key_count = self._numbers("QQ")
         metadata: dict[str, Any] = {}
         for _ in range(key_count):
+            start = self._file.tell()
             key = self._string()
             metadata[key] = self._value(self._numbers("I")[0])
+            self.spans[key] = (start, self._file.tell())
         entries = [self._entry() for _ in range(tensor_count)]
         alignment = int(metadata.get("general.alignment", _ALIGNMENT))
         if alignment < 1:
@@ -285,6 +294,22 @@ def read_gguf(path: Path) -> tuple[StoredTensor, bool]:
     dtype = file.rows(tensor, 0, 1).dtype
     read_rows: Callable[[int, int], Tensor] = partial(file.rows, tensor)
     return StoredTensor(name, (tensor.shape[0], tensor.shape[1]), dtype, read_rows), name == INPUT
+
+
+def read_gguf_gain(path: Path) -> Tensor:
+    """The gain of the norm before the output embedding, (d,) float64.
+
+    Raises:
+        UnembeddingError: If the file is unfit, or the norm no RMSNorm with a gain.
+    """
+    file = GGUFFile.open(path)
+    rms = f"{file.metadata.get('general.architecture')}.attention.layer_norm_rms_epsilon"
+    if FINAL_NORM not in file.tensors or rms not in file.metadata:
+        raise UnembeddingError(
+            "folding needs an RMSNorm with a gain before the output embedding, got a file without "
+            f"{FINAL_NORM if rms in file.metadata else rms} in {path.name}"
+        )
+    return file.rows(file.tensors[FINAL_NORM]).to(torch.float64)
 
 
 def _damaged(path: Path, got: str) -> UnembeddingError:

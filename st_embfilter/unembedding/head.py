@@ -109,6 +109,23 @@ def find_output_embedding(
     return stored, tied
 
 
+def stored_name(model: nn.Module, checkpoint: Checkpoint, name: str) -> str:
+    """The key under which a checkpoint holds a parameter of the model.
+
+    Raises:
+        UnembeddingError: If it holds none.
+    """
+    if name in checkpoint.names:
+        return name
+    found = _stored_names(model, checkpoint.names).get(name)
+    if found is None:
+        raise UnembeddingError(
+            f"the checkpoint must hold every tensor of the model, got none for {name!r}; download "
+            "it again"
+        )
+    return found
+
+
 def _check_decoder(config: PretrainedConfig, model_type: str) -> None:
     # The class says so too: a decoder saved alone is loaded with an encoder again.
     if any(getattr(one, "is_encoder_decoder", False) for one in (config, type(config))):

@@ -60,6 +60,8 @@ class Unembedding:
         model_id: Hub id, or the name of a local folder; None for a bare tensor.
         revision: Commit hash on the Hub, where known.
         gguf_sha256: Hash of the GGUF file of that name, if the model was made from one.
+        gain: g, (d,) float64, of the norm before it, if it is to be folded in: the spectrum is then
+            that of W_U diag(g).
     """
 
     stored: StoredTensor
@@ -67,6 +69,7 @@ class Unembedding:
     model_id: str | None = None
     revision: str | None = None
     gguf_sha256: str | None = None
+    gain: Tensor | None = None
 
     @property
     def d(self) -> int:
@@ -130,7 +133,7 @@ class Unembedding:
             done = 0
             hashing = (lambda block: digest.update(_bytes(block))) if passes == 1 else None
             for block in self.blocks(seen=hashing):
-                yield block
+                yield block if self.gain is None else block.to(torch.float64) * self.gain
                 done += block.nbytes
                 if progress is not None:
                     progress(done, self.stored.nbytes)

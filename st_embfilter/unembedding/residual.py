@@ -1,8 +1,8 @@
 """How a language model's tensors meet its residual stream, found by running a small copy of it.
 
-The copy has the config's architecture and layers, random weights and narrow matrices. Which linear layer
-reads which norm is seen from the tensors that pass between its modules, so no list of architectures
-or parameter names has to be kept.
+The copy has the config's architecture and layers, random weights and narrow matrices. Which linear
+layer reads which norm is seen from the tensors that pass between its modules, so no list of
+architectures or parameter names has to be kept.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from st_embfilter.errors import UnembeddingError
+from st_embfilter.text import first_line
 
 #: Width of the small copy; no usual head width, so that it tells what belongs to the stream.
 _D: Final = 144
@@ -192,6 +193,21 @@ def rotated_columns(block: Tensor, rotation: Tensor, gain: Tensor | None = None)
     return (wide if gain is None else wide * gain.to(rotation.dtype)) @ rotation.T
 
 
+def check_gain(gain: Tensor) -> None:
+    """Checks that the gain of a norm can be undone.
+
+    Raises:
+        UnembeddingError: If it is zero or not finite somewhere.
+    """
+    bad = (gain == 0) | ~torch.isfinite(gain)
+    if bool(bad.any()):
+        raise UnembeddingError(
+            "the gains of the norm before the unembedding matrix must be finite and not zero to be "
+            f"folded, got {int(bad.sum())} that are not, first at {int(bad.nonzero()[0])}; use the "
+            "filter without norm='folded'"
+        )
+
+
 def _traced(config: PretrainedConfig) -> _Trace:
     model = _small_model(config)
     outputs: dict[int, tuple[str, Tensor]] = {}  # by storage, which stays alive here
@@ -263,7 +279,7 @@ def _offset(norm: nn.Module) -> float | None:
         expected = gain * x / x.square().mean(dim=-1, keepdim=True).sqrt()
         if not torch.allclose(probe(x), expected, rtol=1e-3, atol=1e-3):
             return None
-        probe.weight.zero_()  # type: ignore[operator, union-attr]
+        probe.weight.zero_()  # type: ignore[operator]
         return float(probe(ones[None])[0].mean().round())
 
 
@@ -290,7 +306,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _name_of(model: nn.Module, module: object) -> str:
-    return next(name for name, found in model.named_modules() if found is module)
+    return next((name for name, found in model.named_modules() if found is module), "")
 
 
 def _refusal(what: str) -> UnembeddingError:
@@ -308,7 +324,6 @@ def _no_rms(norm: _Norm) -> UnembeddingError:
 
 
 def _unknown(config: PretrainedConfig, error: Exception) -> UnembeddingError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
     return _refusal(
-        f"model type {config.model_type!r}, of which no small copy runs: {reason[0]:.200}"
+        f"model type {config.model_type!r}, of which no small copy runs: {first_line(error)}"
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
@@ -16,14 +17,16 @@ from st_embfilter.errors import UnembeddingError
 from st_embfilter.files.hub import is_repo_id, model_files
 from st_embfilter.files.tensors import ModelFiles, StoredTensor, open_checkpoint
 from st_embfilter.unembedding.adapter import Adapter
-from st_embfilter.unembedding.gguf import find_gguf, read_gguf
+from st_embfilter.unembedding.gguf import find_gguf, read_gguf, read_gguf_gain
 from st_embfilter.unembedding.head import (
     find_output_embedding,
     meta_model,
     output_embedding,
     reason_of,
+    stored_name,
 )
 from st_embfilter.unembedding.matrix import Unembedding, unembedding_of_tensor
+from st_embfilter.unembedding.residual import check_gain, final_norm
 
 CONFIG_FILE: Final = "config.json"
 
@@ -45,6 +48,7 @@ class Source:
         cache_folder: The Hub cache, if not the usual one.
         local_files_only: Whether files come from that cache only.
         gguf_sha256: Hash of the GGUF file that the folder was made from, if it was.
+        norm: "folded" for an unembedding matrix with the gain of the norm before it.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Source:
     cache_folder: str | None = None
     local_files_only: bool = False
     gguf_sha256: str | None = None
+    norm: str | None = None
 
     @classmethod
     def of(cls, source: str | os.PathLike[str] | Source, **options: Any) -> Source:
@@ -120,7 +125,8 @@ class Source:
             HubError: If the Hub, the repository or the revision cannot be reached.
             UnembeddingError: If the model, its head or its weights are missing or unfit.
         """
-        return self._unembedding
+        found = self._unembedding
+        return found if self.norm is None else replace(found, gain=self._gain())
 
     @cached_property
     def _unembedding(self) -> Unembedding:
@@ -141,6 +147,28 @@ class Source:
         owner = self if adapter is not None and adapter.trains(head.name) else base
         identity = model_identity(owner.name, owner.files.commit)
         return Unembedding(head, tied, *identity, self.gguf_sha256)
+
+    def _gain(self) -> Tensor:
+        """The gain of the norm before the unembedding matrix, (d,) float64."""
+        if self.norm != "folded":
+            raise UnembeddingError(f"norm must be None or 'folded', got {self.norm!r}")
+        gguf = find_gguf(Path(self.name))
+        if gguf is not None:
+            gain = read_gguf_gain(gguf)
+        elif Adapter.open(self.files) is not None:
+            raise UnembeddingError(
+                "norm='folded' needs a model of its own, got an adapter, which may train the norm; "
+                "merge it into its base model with PEFT (merge_and_unload) and save that"
+            )
+        else:
+            config = self.config()
+            norm = final_norm(config)
+            model = meta_model(config, trust_remote_code=self.trust_remote_code)
+            checkpoint = open_checkpoint(self.files)
+            stored = checkpoint.tensor(stored_name(model, checkpoint, norm.weight))
+            gain = stored.read_rows(0, stored.shape[0])[:, 0].to(torch.float64) + norm.offset
+        check_gain(gain)
+        return gain
 
     def config(self) -> PretrainedConfig:
         """The configuration of the model; none for an adapter alone.

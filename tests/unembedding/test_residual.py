@@ -155,7 +155,7 @@ def test_parallel_blocks_are_refused() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling_llama, "LlamaDecoderLayer", Parallel)
-        with pytest.raises(UnembeddingError, match="parallel blocks: .*mlp and .*self_attn read"):
+        with pytest.raises(UnembeddingError, match=r"parallel blocks: .*mlp and .*self_attn read"):
             residual_of(AutoConfig.for_model("llama", **SIZES))
 
 
