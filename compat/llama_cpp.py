@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
 import st_embfilter
 from st_embfilter.evaluation.tasks import STSTask
+from st_embfilter.saved import gguf_out
 from st_embfilter.saved.gguf_out import export_gguf
+from st_embfilter.unembedding.gguf import GGUFFile, GGUFTensor
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_suffix(".mjs")
@@ -42,6 +45,25 @@ def _strings(value: Any) -> list[str]:
         return [value]
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [text for item in items for text in _strings(item)]
+
+
+def unbaked(source: Path, target: Path, kind: str) -> None:
+    """The same model without a rotation, its matrices stored as in a baked file."""
+    file = GGUFFile.open(source)
+    stored = gguf.GGMLQuantizationType[kind.upper()]
+    values, size = gguf.GGML_QUANT_SIZES[stored]
+
+    def plan(tensor: GGUFTensor) -> gguf_out._Plan:
+        if len(tensor.shape) == 1:
+            rows = gguf_out._bytes_of(file, tensor)
+            return gguf_out._Plan(tensor.name, tensor.shape, tensor.kind, tensor.nbytes, rows)
+        rows = gguf_out._quantized((file.rows(tensor) for _ in range(1)), stored)
+        nbytes = math.prod(tensor.shape) // values * size
+        return gguf_out._Plan(tensor.name, tensor.shape, int(stored), nbytes, rows)
+
+    with target.open("wb") as out:
+        keys = {"general.file_type": gguf_out._FILE_TYPES[kind]}
+        gguf_out._write(out, file, keys, map(plan, file.tensors.values()))
 
 
 class LlamaCpp:
@@ -96,11 +118,17 @@ def main() -> None:
     task = None if given.sts is None else STSTask.read(given.sts)
     pairs = [] if task is None else sorted({text for pair in task.pairs for text in pair[:2]})
     prose = [PROSE.read_text(encoding="utf-8")]
-    before = llama.run(given.model, **{"continue": PROMPTS}, score=prose)
-    report: dict[str, Any] = {"model": given.model.name, "llama.cpp": before["release"]}
-    report["perplexity before"] = perplexity(before)
+    original = llama.run(given.model, **{"continue": PROMPTS}, score=prose)
+    report: dict[str, Any] = {"model": given.model.name, "llama.cpp": original["release"]}
+    report["perplexity of the given file"] = perplexity(original)
     with tempfile.TemporaryDirectory() as place:
         folder = given.baked or Path(place)
+        before = {}
+        for kind in given.kinds.split(","):
+            plain = folder / f"{given.model.stem}-{kind}.gguf"
+            unbaked(given.model, plain, kind)
+            before[kind] = llama.run(plain, **{"continue": PROMPTS}, score=prose)
+            plain.unlink()
         for pooling in ("mean", "lasttoken"):
             ours = st_embfilter.from_causal_lm(
                 given.reference,
@@ -134,9 +162,11 @@ def main() -> None:
                     a != b for a, b in zip(tokens, result["tokens"][:50], strict=True)
                 )
                 if pooling == "mean":
+                    entry["perplexity before"] = perplexity(before[kind])
                     entry["perplexity"] = perplexity(result)
-                    pieces = zip(result["continue"], before["continue"], strict=True)
+                    pieces = list(zip(result["continue"], before[kind]["continue"], strict=True))
                     entry["same 40 tokens"] = [a["tokens"] == b["tokens"] for a, b in pieces]
+                    entry["text"] = [a["text"] for a, _ in pieces]
                 if task is not None and expected_pairs is not None:
                     theirs = np.array(result["embed"][50:])
                     for ratio in (1, 2, 4, 8):
