@@ -3,7 +3,19 @@
 Commands import what they run inside their functions, so that `--help` is quick.
 """
 
-from st_embfilter.cli import bench, build, card, demo, encode, evaluate, inspect, lens, push, verify
+from st_embfilter.cli import (
+    bench,
+    build,
+    card,
+    demo,
+    encode,
+    evaluate,
+    export,
+    inspect,
+    lens,
+    push,
+    verify,
+)
 from st_embfilter.cli.app import app
 
 __all__ = [
@@ -14,6 +26,7 @@ __all__ = [
     "demo",
     "encode",
     "evaluate",
+    "export",
     "inspect",
     "lens",
     "push",

@@ -62,6 +62,10 @@ def build(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code of the checkpoint.")
     ] = False,
+    norm: Annotated[
+        str | None,
+        typer.Option(help="folded: take the norm's gain into the spectrum, as export needs it."),
+    ] = None,
     filter_only: Annotated[
         bool,
         typer.Option(
@@ -104,6 +108,7 @@ def build(
             device=device,
             revision=revision,
             masked_lm=masked_lm,
+            norm=norm,  # type: ignore[arg-type] # checked there
             trust_remote_code=trust_remote_code,
             show_progress_bar=not quiet,
         )
@@ -127,6 +132,7 @@ def build(
         max_seq_length=max_seq_length,
         revision=revision,
         masked_lm=masked_lm,
+        norm=norm,  # type: ignore[arg-type] # checked there
         trust_remote_code=trust_remote_code,
         device=device,
         show_progress_bar=not quiet,

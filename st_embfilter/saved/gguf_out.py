@@ -108,7 +108,7 @@ def export_gguf(
         )
     if kind not in _FILE_TYPES:
         raise FormatError(f"the type must be one of {', '.join(_FILE_TYPES)}, got {kind!r}")
-    chosen = Band.parse(band, 0.5 if keep is None else keep)
+    chosen = Band.parse(band, keep)
     with _written(target, overwrite=overwrite) as out:
         if target.exists() and target.samefile(source):
             raise OutputError(f"the output must not be the input, got {target} for both")

@@ -1,6 +1,5 @@
 """GGUF files with a filter baked in, read back by the gguf library and by transformers."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from st_embfilter.errors import EmbedFilterError, FormatError, OutputError, UnembeddingError
@@ -246,7 +244,7 @@ def test_a_filter_is_baked_once_and_a_zero_gain_cannot_be(tmp_path: Path) -> Non
     with torch.no_grad():
         model.model.norm.weight[7] = 0.0
     write_gguf(tmp_path / "zero.gguf", model)
-    with pytest.raises(UnembeddingError, match="not zero to be folded, got 1 .* first at 7"):
+    with pytest.raises(UnembeddingError, match=r"not zero to be folded, got 1 .* first at 7"):
         export_gguf(tmp_path / "zero.gguf", tmp_path / "again.gguf")
 
 
@@ -258,7 +256,7 @@ def test_the_output_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         export_gguf(source, target)
     with pytest.raises(OutputError, match="must not be the input"):
         export_gguf(source, source, overwrite=True)
-    with pytest.raises(FormatError, match="llama.cpp pools by"):
+    with pytest.raises(FormatError, match=r"llama\.cpp pools by"):
         export_gguf(source, target, overwrite=True, pooling="max")
     with pytest.raises(EmbedFilterError):
         export_gguf(tmp_path / "none.gguf", target, overwrite=True)
