@@ -7,16 +7,17 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
+from st_embfilter.errors import EmbedFilterError, FormatError
+
 if TYPE_CHECKING:
     from jinja2 import Template
-
-    from st_embfilter.errors import EmbedFilterError
 
 #: Deepest nesting of arrays and objects. No file of a model comes near; those who parse it again,
 #: or print it, run out of stack somewhere above.
@@ -141,8 +142,15 @@ def shown(text: object, limit: int = 200) -> str:
         text = text[: 4 * limit].decode("utf-8", errors="replace")
     text = str(text)
     text = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return visible(text)
+
+
+def visible(text: str, keep: str = "") -> str:
+    """The text with what steers a terminal as escapes, except for the characters `keep`."""
     return "".join(
-        repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
+        repr(c)[1:-1]
+        if c not in keep and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else c
         for c in text
     )
 
@@ -151,6 +159,28 @@ def first_line(error: BaseException, limit: int = 300) -> str:
     """The first line of an error's message, or its class where it has none, without a full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return shown(lines[0], limit).rstrip(".")
+
+
+@contextmanager
+def reading(
+    what: object, error: type[EmbedFilterError] = FormatError, must: str = "be readable"
+) -> Iterator[None]:
+    """A boundary around the reading of a stranger's file: every failure becomes a typed error.
+
+    Our own errors pass, for they say more. Whatever else a parser raises, on whatever file, is an
+    error of the class `error`, so that no list of exceptions can be too short.
+
+    Args:
+        what: Name of the file, as the message shows it.
+        error: Class of the error to raise.
+        must: The rule that it breaks.
+    """
+    try:
+        yield
+    except EmbedFilterError:
+        raise
+    except Exception as found:
+        raise error(f"{shown(what)} must {must}, got {first_line(found)}") from found
 
 
 @cache

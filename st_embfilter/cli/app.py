@@ -5,27 +5,46 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import typer
 from rich import markup
 from rich.console import Console
+from rich.text import Text
 from typer.core import TyperGroup
 
 from st_embfilter.errors import CalibrationError, EmbedFilterError
+from st_embfilter.text import first_line, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from st_embfilter.model.layer import EmbedFilterLayer
 
-out = Console()
-err = Console(stderr=True)
+#: Set to anything, it shows where a failure that nobody foresaw came from.
+TRACEBACK: Final = "ST_EMBFILTER_TRACEBACK"
+
+
+#: What typer itself shows or obeys: an exit, an abort, and click's base class of wrong usage, which
+#: some versions of typer carry in a copy of their own.
+_OF_TYPER: Final[tuple[Any, ...]] = (typer.Exit, typer.Abort, typer.BadParameter.__mro__[2])
+
+
+class _Console(Console):
+    """Shows every character: none of a stranger's text steers the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text, keep="\n"), **options)
+
+
+out = _Console()
+err = _Console(stderr=True)
 
 
 class _Group(TyperGroup):
-    """Shows expected errors as one sentence instead of a traceback."""
+    """Shows every failure as one sentence instead of a traceback."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         with errors():
@@ -34,12 +53,26 @@ class _Group(TyperGroup):
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Shows an expected error as one sentence and exits with 1."""
+    """Shows a failure as one sentence and exits with 1.
+
+    What is no error of ours is a stranger's file that got past all checks, or a mistake here: its
+    class is named, and the environment variable `ST_EMBFILTER_TRACEBACK` lets it through.
+    """
     try:
         yield
     except EmbedFilterError as error:
-        err.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
-        raise typer.Exit(1) from error
+        sentence, cause = str(error), cast("Exception", error)
+    except _OF_TYPER:
+        raise
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        sentence = f"{type(error).__name__}: {first_line(error)}; set {TRACEBACK}=1 to see where"
+        cause = error
+    else:
+        return
+    err.print(f"[bold red]Error:[/] {escape(sentence)}", highlight=False)
+    raise typer.Exit(1) from cause
 
 
 app = typer.Typer(
@@ -51,8 +84,19 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"st-embfilter {version('st-embfilter')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
     # A callback keeps typer from promoting a lone command to the root.
     pass
 
@@ -63,16 +107,42 @@ def parse_keep(text: str) -> float | int:
         if "/" in text:
             numerator, denominator = text.split("/")
             return int(numerator) / int(denominator)
+        if text == "1":
+            err.print("Note: --keep 1 keeps one direction; 1.0 keeps all.", highlight=False)
         return float(text) if any(c in text for c in ".eE") else int(text)
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, ArithmeticError) as error:
         raise typer.BadParameter(
-            f"keep must be a ratio like 0.5 or 1/4, or a number of directions, got {text!r}"
+            f"keep must be a ratio like 0.5 or 1/4, or a number of directions, got {text!r:.60}"
         ) from error
+
+
+def check_device(name: str | None) -> str | None:
+    """The name of a device, if torch has it here."""
+    if name is not None:
+        import torch
+
+        try:
+            torch.zeros(1, device=name)
+        except Exception as error:  # torch has a class of its own for each way to have none
+            raise typer.BadParameter(
+                f"must be a device that torch has here (cpu, cuda, mps), got {name!r}: "
+                f"{first_line(error)}"
+            ) from error
+    return name
 
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")]
 Keep = Annotated[
-    str, typer.Option(help="Ratio of directions kept (0.5, 1/4) or their number (448).")
+    str,
+    typer.Option(
+        help="Ratio of directions kept (0.5, 1/4; 1.0 for all) or their number (448; 1 for one)."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, mps. (default: the best)", callback=check_device)
+]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no warnings.")]
 BandName = Annotated[

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from st_embfilter.cli.app import Quiet, app, out, quiet_libraries
+from st_embfilter.cli.app import Device, Quiet, RemoteCode, app, out, quiet_libraries
+from st_embfilter.errors import BackboneError
+from st_embfilter.text import reading
 
 
 @app.command()
@@ -24,7 +26,8 @@ def bench(
     ] = None,
     hnsw: Annotated[bool, typer.Option(help="Also approximate search.")] = True,
     batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. (default: the best)")] = None,
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare storage, speed and quality of indexes at every width and precision."""
@@ -41,18 +44,23 @@ def bench(
     from st_embfilter.saved.load import load
     from st_embfilter.unembedding.source import Source
 
-    source = Source(model)
+    source = Source(model, trust_remote_code=trust_remote_code)
     if find_filter(source) is not None:
         loaded = load(source, device=device)
     else:
         # All directions in nested order: the full width is the raw model turned, and every prefix
         # is the paper's window.
         loaded = from_causal_lm(source, keep=1.0, device=device, show_progress_bar=not quiet)
-    rows = storage_table(
-        loaded.encode_document(
+    with reading(model, BackboneError, "embed texts"):
+        documents = loaded.encode_document(
             collection.documents, batch_size=batch_size, show_progress_bar=not quiet
-        ),
-        loaded.encode_query(collection.queries, batch_size=batch_size, show_progress_bar=False),
+        )
+        queries = loaded.encode_query(
+            collection.queries, batch_size=batch_size, show_progress_bar=False
+        )
+    rows = storage_table(
+        documents,
+        queries,
         kinds=("flat", "hnsw") if hnsw else ("flat",),
         gains=collection.gains,
     )

@@ -12,7 +12,9 @@ from st_embfilter.cli.app import (
     Keep,
     Model,
     Quiet,
+    RemoteCode,
     app,
+    check_device,
     describe,
     out,
     parse_keep,
@@ -37,7 +39,9 @@ def build(
         str | None, typer.Option(help="portable or exact, of prompteol and templates.")
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="mean, lasttoken, ...")] = None,
-    normalize: Annotated[bool, typer.Option(help="Embeddings of unit length.")] = False,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Embeddings of unit length.")
+    ] = False,
     calibrate: Annotated[
         str | None,
         typer.Option(
@@ -46,22 +50,22 @@ def build(
         ),
     ] = None,
     calibration_strength: Annotated[
-        float, typer.Option(help="From 0 (filter alone) to 1 (whitening).")
+        float, typer.Option(help="From 0 (filter alone) to 1 (whitening).", metavar="X")
     ] = 1.0,
-    calibration_size: Annotated[int, typer.Option(help="Texts that the model writes.", min=16)] = (
-        1024
-    ),
+    calibration_size: Annotated[
+        int, typer.Option(help="Texts that the model writes.", min=16, metavar="N")
+    ] = 1024,
     calibration_seed: Annotated[
-        int, typer.Option(help="Number that picks them.", min=0, max=2**63 - 1)
+        int, typer.Option(help="Number that picks them.", min=0, metavar="N")
     ] = 0,
-    max_seq_length: Annotated[int, typer.Option(help="Longest text in tokens.", min=1)] = 512,
+    max_seq_length: Annotated[
+        int, typer.Option(help="Longest text in tokens.", min=1, metavar="N")
+    ] = 512,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
     masked_lm: Annotated[
         bool, typer.Option("--masked-lm", help="Take a masked LM; outside the paper.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code of the checkpoint.")
-    ] = False,
+    trust_remote_code: RemoteCode = False,
     norm: Annotated[
         str | None,
         typer.Option(help="folded: take the norm's gain into the spectrum, as export needs it."),
@@ -75,7 +79,9 @@ def build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model folder that is there.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda, for the work of building.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, mps, for the work of building.", callback=check_device)
+    ] = "cpu",
     quiet: Quiet = False,
 ) -> None:
     """Build a filtered embedding model and save it as a portable folder.

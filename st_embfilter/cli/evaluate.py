@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from st_embfilter.cli.app import Quiet, app, out, parse_keep, quiet_libraries
+from st_embfilter.cli.app import Device, Quiet, RemoteCode, app, out, parse_keep, quiet_libraries
 from st_embfilter.cli.tables import print_results, print_search
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def evaluate(
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no raw vectors.")] = False,
     batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps. (default: best)")] = None,
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure what the filter does for a model, on MTEB tasks or your own data."""
@@ -111,8 +112,11 @@ def evaluate(
     if dev and not search:
         raise typer.BadParameter("--dev belongs to --search")
     from st_embfilter.evaluation.sweep import raw_model, sweep
+    from st_embfilter.files.staging import check_file
     from st_embfilter.saved.results import RESULTS_FILE
 
+    for file in filter(None, (output, figure)):
+        check_file(file)
     raw = raw_model(
         model,
         prompt=prompt,
@@ -120,6 +124,7 @@ def evaluate(
         normalize=normalize,
         max_seq_length=max_seq_length,
         device=device,
+        trust_remote_code=trust_remote_code,
         show_progress_bar=not quiet,
     )
     if output is None and not search and raw.layer is not None and Path(model).is_dir():

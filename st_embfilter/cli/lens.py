@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from st_embfilter.cli.app import Quiet, app, escape, out, parse_keep, quiet_libraries
+from st_embfilter.cli.app import Quiet, RemoteCode, app, escape, out, parse_keep, quiet_libraries
+from st_embfilter.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -66,9 +67,7 @@ def lens(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code of the checkpoint.")
-    ] = False,
+    trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Show what embeddings say, before and after the filter.
@@ -123,7 +122,8 @@ def lens(
         found = replace(found, study=measured)
     _write(found, report, figures, section)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
+        text = json.dumps(found.to_dict(), ensure_ascii=False, indent=2)
+        typer.echo("".join(c if visible(c, keep="\n") == c else json.dumps(c)[1:-1] for c in text))
         return
     _print(found)
     for file in (report, figures, section):

@@ -7,16 +7,20 @@ import gzip
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from st_embfilter.errors import DataError
-from st_embfilter.text import read_json
+from st_embfilter.text import read_json, reading
 
 TEXT_COLUMNS: Final = ("text",)
 LABEL_COLUMNS: Final = ("label", "category")
 PAIR_COLUMNS: Final = ("sentence1", "sentence2", "score")
+
+#: Relevance of a document to a query.
+_GAIN: Final = re.compile("[+-]?[0-9]{1,9}")
 
 _T = TypeVar("_T")
 
@@ -171,8 +175,8 @@ def read_judgements(
         _check(
             path,
             line,
-            len(row) == 3 and row[2].strip().lstrip("-").isdigit(),
-            f"must be query id, document id and an integer, got {_shown(row)}",
+            len(row) == 3 and _GAIN.fullmatch(row[2].strip()) is not None,
+            f"must be query id, document id and an integer of at most 9 digits, got {_shown(row)}",
         )
         query, document, gain = row[0], row[1], int(row[2])
         _check(path, line, query in known_queries, f"no query has the id {query!r}")
@@ -220,21 +224,21 @@ def file_revision(*files: Path) -> str:
     """A short hash of files, which says what was measured on."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.read_bytes())
+        with reading(file, DataError):
+            digest.update(file.read_bytes())
     return f"sha256:{digest.hexdigest()[:12]}"
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"the file must exist, got {path}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: must be UTF-8, got {error.reason}") from error
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path} must be readable, got {error}") from error
+    with reading(path, DataError):
+        try:
+            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            text = raw.decode("utf-8-sig")
+        except FileNotFoundError:
+            raise DataError(f"the file must exist, got {path}") from None
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            raise DataError(f"{path}, line {line}: must be UTF-8, got {error.reason}") from error
     # Only line feeds end a line: texts hold other separators.
     lines = text.split("\n")
     return lines if lines[-1] else lines[:-1]

@@ -87,13 +87,13 @@ def storage_table(
         DataError: If FAISS is missing, there are fewer than ten documents, or a width does not fit.
     """
     faiss = _faiss()
-    d = documents.shape[1]
-    widths = list(dict.fromkeys(max(1, d // ratio) for ratio in RATIOS)) if dims is None else dims
     if len(documents) < TOP or not len(queries):
         raise DataError(
             f"a comparison needs {TOP} documents and a query at least, got {len(documents)} and "
             f"{len(queries)}"
         )
+    d = documents.shape[1]
+    widths = list(dict.fromkeys(max(1, d // ratio) for ratio in RATIOS)) if dims is None else dims
     if any(not 1 <= width <= d for width in widths):
         raise DataError(f"widths must be in [1, {d}], got {list(widths)}")
     threads = faiss.omp_get_max_threads()

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from st_embfilter.errors import EmbedFilterError
+from st_embfilter.errors import BackboneError, EmbedFilterError, OutputError
+from st_embfilter.files.staging import check_file
 from st_embfilter.model.fingerprint import fingerprint
+from st_embfilter.text import reading
 
 Vectors = NDArray[np.float32]
 
@@ -50,6 +52,9 @@ class VectorStore:
         cache: Folder for the vectors, None to keep them in memory only.
         batch_size: Texts in a batch of the model.
         show_progress_bar: Show a bar while encoding.
+
+    Raises:
+        OutputError: If the cache cannot be written.
     """
 
     def __init__(
@@ -65,6 +70,8 @@ class VectorStore:
         self.show_progress_bar = show_progress_bar
         self.encoded = 0
         self._folder = None if cache is None else Path(cache) / fingerprint(model)[:32]
+        if self._folder is not None:
+            check_file(self._folder / "vectors.npy")
         self._memory: dict[str, Vectors] = {}
 
     def encode(
@@ -118,16 +125,17 @@ class VectorStore:
             stored = _read(file)
             if stored is not None:
                 return stored
-        vectors: Vectors = np.asarray(
-            getattr(self.model, method)(
-                texts,
-                prompt=prompt,
-                batch_size=self.batch_size,
-                convert_to_numpy=True,
-                show_progress_bar=False,
-            ),
-            dtype=np.float32,
-        )
+        with reading("the model", BackboneError, "embed texts"):
+            vectors: Vectors = np.asarray(
+                getattr(self.model, method)(
+                    texts,
+                    prompt=prompt,
+                    batch_size=self.batch_size,
+                    convert_to_numpy=True,
+                    show_progress_bar=False,
+                ),
+                dtype=np.float32,
+            )
         self.encoded += len(texts)
         bad = ~np.isfinite(vectors).all(axis=1)
         if bad.any():
@@ -158,12 +166,14 @@ def _read(file: Path) -> Vectors | None:
 
 
 def _write(file: Path, vectors: Vectors) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            np.save(stream, vectors)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as stream:
+            try:
+                np.save(stream, vectors)
+                stream.close()
+                os.replace(stream.name, file)
+            except BaseException:
+                Path(stream.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise OutputError(f"cannot write to the cache of vectors: {error}") from error

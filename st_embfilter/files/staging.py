@@ -64,6 +64,24 @@ def staged(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterat
             os.close(lock)
 
 
+def check_file(file: Path) -> None:
+    """Makes the folder of a file that is to be written, and checks that it can be.
+
+    Raises:
+        OutputError: If the file is a folder, or its folder cannot be written to.
+    """
+    try:
+        if file.is_dir():
+            raise OutputError(f"the output must be a file, got the folder {file}")
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.absolute().parent):
+            pass
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:  # a name too long, without rights, with a NUL
+        raise OutputError(f"cannot write {file}: {error}") from error
+
+
 def check_target(target: Path, *, overwrite: bool) -> None:
     """Checks that a folder may be written, before any work is done for it.
 

@@ -21,7 +21,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from st_embfilter.errors import CorpusError, FormatError, ProvenanceError, ShapeError
-from st_embfilter.text import read_json, shown
+from st_embfilter.text import read_json, reading, shown
+
+#: Most tokens that a file of counts may speak of; no vocabulary comes near.
+MAX_VOCABULARY: Final = 10_000_000
 
 #: Pseudo-count of every token, so that unseen ones have a finite log probability.
 SMOOTHING: Final = 1.0
@@ -149,20 +152,23 @@ class TokenCounts:
         Raises:
             FormatError: If it is no such file.
         """
-        try:
+        with reading(file, must="hold token counts as `TokenCounts.save` writes them"):
             with safe_open(file, framework="pt") as stored:
                 about = stored.metadata() or {}
                 ids, values = stored.get_tensor("ids").long(), stored.get_tensor("counts")
-            counts = torch.zeros(int(about["size"]), dtype=torch.int64)
+            size, texts = int(about["size"]), int(about["texts"])
+            if not 0 < size <= MAX_VOCABULARY or not 0 <= texts < 2**53:
+                raise FormatError(
+                    f"{file} must speak of 1 to {MAX_VOCABULARY:,} tokens and of less than 2**53 "
+                    f"texts, got {size} and {texts}"
+                )
+            if ids.dim() != 1 or len(ids.unique()) != len(ids) or bool((ids < 0).any()):
+                raise FormatError(f"{file}: ids must be different numbers >= 0, got others")
+            if bool((values < 0).any()):
+                raise FormatError(f"{file}: token counts must be >= 0, got {int(values.min())}")
+            counts = torch.zeros(size, dtype=torch.int64)
             counts[ids] = values
-            found = cls(counts, int(about["texts"]), about["vocabulary"])
-        except (OSError, SafetensorError, KeyError, ValueError, IndexError, RuntimeError) as error:
-            raise FormatError(
-                f"{file} must hold token counts as `TokenCounts.save` writes them, got: {error}"
-            ) from error
-        if bool((counts < 0).any()):
-            raise FormatError(f"{file}: token counts must be >= 0, got {int(counts.min())}")
-        return found
+            return cls(counts, texts, about["vocabulary"])
 
 
 def count_tokens(
@@ -276,12 +282,12 @@ class Sampler:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                yield line.rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"a corpus must be UTF-8 text, got {path}: {error}") from error
+    with (
+        reading(f"the corpus {path}", CorpusError, "be UTF-8 text"),
+        path.open(encoding="utf-8") as file,
+    ):
+        for line in file:
+            yield line.rstrip("\n")
 
 
 def _json_lines(path: Path, column: str) -> Iterator[Any]:

@@ -16,9 +16,10 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from st_embfilter.errors import LensError, ShapeError
+from st_embfilter.errors import BackboneError, LensError, ShapeError
 from st_embfilter.model.backbone import backbone_model
 from st_embfilter.model.layer import EmbedFilterLayer
+from st_embfilter.text import reading
 from st_embfilter.unembedding.matrix import Unembedding
 
 
@@ -139,7 +140,7 @@ def pooled_embeddings(
         prompts={name: text for name, text in model.prompts.items() if text is not None},
         default_prompt_name=model.default_prompt_name,
     )
-    with layer_output(model, layer):
+    with reading("the model", BackboneError, "embed texts"), layer_output(model, layer):
         embeddings = head.encode(
             list(texts),
             batch_size=batch_size,

@@ -27,6 +27,7 @@ from st_embfilter.spectrum.whitening import (
     moments,
     texts_hash,
 )
+from st_embfilter.text import reading
 from st_embfilter.unembedding.source import Source
 
 #: Tokens of a sampled text, about two sentences: the length of the texts that people embed.
@@ -105,6 +106,7 @@ def calibrate_filter(
     return model
 
 
+@reading("the language model", CalibrationError, "write texts to calibrate on")
 def sample_texts(
     name_or_path: str | os.PathLike[str] | Source,
     count: int = 1024,

@@ -67,15 +67,20 @@ class Band:
         ):
             raise BandError(f"offset must be an int >= 0, got {self.offset!r}")
         if self.family == "random":
-            object.__setattr__(self, "seed", 0 if self.seed is None else int(self.seed))
+            seed = 0 if self.seed is None else int(self.seed)
+            if not 0 <= seed < 2**63:
+                raise BandError(f"seed must be in [0, 2**63), got {seed!r:.60}")
+            object.__setattr__(self, "seed", seed)
         elif self.seed is not None:
             raise BandError(f"seed= belongs to family 'random', got family {self.family!r}")
-        if (self.order is not None) != (self.family == "optimal"):
+        if self.family == "optimal" and self.order is None:
             raise BandError(
-                "order= belongs to family 'optimal' and only there, got family "
-                f"{self.family!r} {'without' if self.order is None else 'with'} it; measure one "
-                "with spectroscopy.optimal_band"
+                "the band 'optimal' is measured on a model, got its name alone; `st-embfilter lens "
+                "MODEL --band optimal` shows it, st_embfilter.lens.optimal_band measures one to "
+                "build with"
             )
+        if self.family != "optimal" and self.order is not None:
+            raise BandError(f"order= belongs to family 'optimal', got family {self.family!r}")
         if self.order is not None:
             object.__setattr__(self, "order", _checked_order(self.order))
 
@@ -107,7 +112,9 @@ class Band:
         except ValueError:
             number = -1
         if number < 0 or family not in ("offset", "random"):
-            raise BandError(f"band must look like 'bulk', 'offset:128' or 'random:7', got {band!r}")
+            raise BandError(
+                f"band must look like 'bulk', 'offset:128' or 'random:7', got {band!r:.60}"
+            )
         if family == "offset":
             return cls(family, keep, offset=number)
         return cls(family, keep, seed=number)
