@@ -41,6 +41,9 @@ Written by `make hardening HARDENING=--write`.
   random moment. The folder, or the repository of a local Hub, must then hold the old model or the
   complete new one. *had written*: the kill found another model than the one before. The next save
   removes what killed processes left.
+- **corpora**: processes that encode a file into shards, killed by SIGKILL at a random moment and
+  started again until they are done. The folder must then be that of an uninterrupted run, byte for
+  byte, and no shard that was finished may go.
 - **bad disks**: a full tmpfs and one mounted read-only, with an old model on them.
 - **memory**: growth of the resident memory while short texts are encoded in a loop, after a
   warm-up of 20,000; at most 5 MiB.
@@ -89,6 +92,7 @@ def main() -> int:
     args = parser.parse_args()
     started = time.monotonic()
 
+    from hardening.corpus import corpus_kills
     from hardening.crash import crashes
     from hardening.disk import disks
     from hardening.inputs import inputs
@@ -100,6 +104,8 @@ def main() -> int:
     models = inputs()
     print("kills ...", flush=True)
     killed = crashes(args.kills)
+    print("kills of encoders ...", flush=True)
+    encoders = corpus_kills(args.kills)
     print("disks ...", flush=True)
     disk = disks()
     print(f"soak with {args.texts:,} texts ...", flush=True)
@@ -114,6 +120,8 @@ def main() -> int:
     failed += killed["left after the next save"]
     failed += disk["tried"] - disk["clear errors"] + disk["left over"]
     failed += survived != args.kills
+    failed += encoders["failed"] + encoders["different"]
+    lost += encoders["lost"]
     killed_at = ", ".join(
         f"{action} {killed[action + ' killed']}" for action in ("save", "build", "push")
     )
@@ -126,6 +134,8 @@ def main() -> int:
         f"{killed['another model after the kill']} had written, {killed['commits']} pushed",
         "left over": f"{killed['left by killed processes']} folders of killed processes, "
         f"{killed['left after the next save']} after the next save",
+        "corpora": f"{encoders['killed']} kills of encoders, {encoders['finished']} folders done, "
+        f"{encoders['different']} of other bytes than the uninterrupted one",
         "bad disks": f"{disk['tried']}, {disk['clear errors']} clear errors"
         + (f", {disk['skipped']} skipped (mount needs root)" if disk["skipped"] else ""),
         "memory": f"{growth:+.1f} MiB over {args.texts:,} texts "

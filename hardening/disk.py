@@ -53,6 +53,19 @@ def refused(source: Path, target: Path) -> str | None:
     return None
 
 
+def no_vectors(source: Path, target: Path) -> str | None:
+    """The error of an encoding that must fail; None if it did not."""
+    texts = source.parent / "texts.txt"
+    texts.write_text("the tea\n" * 1000)
+    try:
+        st_embfilter.encode_corpus(
+            source, [texts], target, devices=["cpu"], show_progress_bar=False
+        )
+    except OutputError as error:
+        return str(error)
+    return None
+
+
 def disks() -> Counter[str]:
     """Saves onto a full and a read-only disk, over an old model.
 
@@ -65,7 +78,7 @@ def disks() -> Counter[str]:
         prepare(place)
         with small_disk(place / "disk") as mounted:
             if not mounted:
-                found["skipped"] = 2
+                found["skipped"] = 4
                 return found
             target = place / "disk" / "model"
             shutil.copytree(place / "one", target)
@@ -80,8 +93,12 @@ def disks() -> Counter[str]:
                 found["clear errors"] += message is not None and says in message
                 whole = digest(contents(target)) == before
                 found["lost"] += not whole
+                message = no_vectors(place / "two", place / "disk" / "corpus")
+                found["tried"] += 1
+                found["clear errors"] += message is not None and says in message
                 found["left over"] += sum(
-                    path.name not in ("model", "ballast") for path in (place / "disk").iterdir()
+                    path.name not in ("model", "ballast", "corpus")
+                    for path in (place / "disk").iterdir()
                 )
     finally:
         shutil.rmtree(place, ignore_errors=True)

@@ -8,6 +8,7 @@ shard that is lost with its worker is made again, with the same bytes and names.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -77,6 +78,7 @@ def _run(
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     # The driver may have no GPU, nor the memory for the model.
     look = ray.remote(num_gpus=gpus, max_calls=1)(_look)
     settings, _ = ray.get(look.remote(source, settings, dims, measure=False))
@@ -105,7 +107,7 @@ def _run(
                     _Worker,
                     fn_constructor_args=(source, settings, folder.ranges, folder.path, strict),
                     batch_size=1,
-                    concurrency=workers,
+                    compute=ray.data.ActorPoolStrategy(min_size=workers[0], max_size=workers[1]),
                     num_gpus=gpus,
                     num_cpus=1,
                 )

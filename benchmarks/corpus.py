@@ -1,0 +1,159 @@
+"""What a corpus costs beside `model.encode`, and how much memory a large file takes.
+
+python -m benchmarks.corpus MODEL [--texts 20000] [--ray]    # ratios of one run
+python -m benchmarks.corpus MODEL --file-gb 10               # resident memory on a generated file
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.encode import texts
+
+#: Bytes of each text of the large file; a model with 64 tokens reads the first few hundred.
+LONG = 1 << 21
+
+
+def resident() -> int:
+    """Bytes that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    """Seconds of cores that this process took, and on the clock."""
+    return time.process_time() - start[0], time.perf_counter() - start[1]
+
+
+class Peak:
+    """The largest resident memory while it is entered, looked up a hundred times a second."""
+
+    def __enter__(self) -> Peak:
+        self.start = self.bytes = resident()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.bytes = max(self.bytes, resident())
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def ratios(name: str, count: int, repeat: int, ray: bool) -> None:
+    """Seconds of `encode` on a list, of the command's function, and of the Ray engine."""
+    import st_embfilter
+    from st_embfilter.corpus.encoder import open_model
+    from st_embfilter.unembedding.source import Source
+
+    model = open_model(Source.of(name))
+    sample = texts(count)
+    place = Path(tempfile.mkdtemp())
+    file = place / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in sample))
+    model.encode_document(sample[:100], show_progress_bar=False)
+    seconds: dict[str, list[tuple[float, float]]] = {"encode": [], "corpus": [], "ray": []}
+    for turn in range(repeat):
+        start = time.process_time(), time.perf_counter()
+        expected = model.encode_document(sample, show_progress_bar=False)
+        seconds["encode"].append(since(start))
+        start = time.process_time(), time.perf_counter()
+        done = st_embfilter.encode_corpus(
+            model, [file], place / f"local{turn}", show_progress_bar=False
+        )
+        seconds["corpus"].append(since(start))
+    if ray:
+        import ray as cluster
+
+        cluster.init(num_cpus=1, log_to_driver=False, logging_level="ERROR")
+        rows = -(-count // 8)
+        start = time.process_time(), time.perf_counter()
+        st_embfilter.encode_corpus(
+            name, [file], place / "ray", engine="ray", shard_rows=rows, show_progress_bar=False
+        )
+        seconds["ray"].append((float("nan"), since(start)[1]))  # the worker's time is not ours
+        cluster.shutdown()
+    assert done.rows == len(expected) == count
+    base = [min(column) for column in zip(*seconds["encode"], strict=True)]
+    for what, runs in seconds.items():
+        if runs:
+            core, wall = (min(column) for column in zip(*runs, strict=True))
+            print(
+                f"{what:7} {core:8.2f} s of a core, {count / core:8.1f} texts/s, ratio "
+                f"{core / base[0]:.3f}; {wall:8.2f} s on the clock, ratio {wall / base[1]:.3f}"
+            )
+    shutil.rmtree(place)
+
+
+def memory(name: str, size: float) -> None:
+    """Resident memory over a generated Parquet file of that many GB."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    import st_embfilter
+    from st_embfilter.corpus.encoder import open_model
+    from st_embfilter.unembedding.source import Source
+
+    place = Path(tempfile.mkdtemp())
+    try:
+        file = place / "large.parquet"
+        generator = np.random.default_rng(0)
+        words = np.array(texts(100))
+        pool = " ".join(generator.choice(words, 2 * LONG // 100))
+        count = int(size * 1e9 / LONG)
+        schema = pa.schema({"text": pa.string()})
+        with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
+            for first in range(0, count, 32):
+                starts = generator.integers(0, len(pool) - LONG, min(32, count - first))
+                rows = [f"{first + i} {pool[s : s + LONG]}" for i, s in enumerate(starts)]
+                writer.write_table(pa.table({"text": rows}))
+                del rows
+        model = open_model(Source.of(name))
+        model.max_seq_length = 64
+        model.encode_document(texts(64), show_progress_bar=False)
+        pa.default_memory_pool().release_unused()
+        with Peak() as peak:
+            start = time.perf_counter()
+            done = st_embfilter.encode_corpus(
+                model, [file], place / "out", shard_rows=8192, show_progress_bar=False
+            )
+            spent = time.perf_counter() - start
+        print(
+            f"{file.stat().st_size / 1e9:.1f} GB, {done.rows:,} texts of {LONG:,} characters, "
+            f"{spent:.0f} s: resident {peak.start / 2**20:.0f} MiB with the model, "
+            f"{(peak.bytes - peak.start) / 2**20:+.0f} MiB at the peak"
+        )
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder of a sentence-transformers model")
+    parser.add_argument("--texts", type=int, default=20_000)
+    parser.add_argument("--repeat", type=int, default=2, help="best of N runs")
+    parser.add_argument("--ray", action="store_true", help="also the Ray engine, one worker")
+    parser.add_argument("--file-gb", type=float, help="measure memory instead")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.file_gb:
+        memory(args.model, args.file_gb)
+    else:
+        ratios(args.model, args.texts, args.repeat, args.ray)
+
+
+if __name__ == "__main__":
+    main()
