@@ -48,8 +48,8 @@ def write(path: Path, count: int) -> Path:
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_two_workers_one_of_which_is_killed(model: Path, tmp_path: Path) -> None:
-    inputs = [write(tmp_path / "in.jsonl", 4000)]
-    options = {"shard_rows": 200, "npy": True, "show_progress_bar": False, "precision": "int8"}
+    inputs = [write(tmp_path / "in.jsonl", 800)]
+    options = {"shard_rows": 40, "npy": True, "show_progress_bar": False, "precision": "int8"}
     whole = st_embfilter.encode_corpus(model, inputs, tmp_path / "whole", **options).path
     killed = []
 
@@ -74,9 +74,9 @@ def test_two_workers_one_of_which_is_killed(model: Path, tmp_path: Path) -> None
             model, inputs, tmp_path / "out", engine="ray", workers=(2, 2), **options
         )
         assert killed
-        assert (done.rows, done.bad) == (4000, 1)
+        assert (done.rows, done.bad) == (800, 1)
         assert contents(done.path) == contents(whole)
-        with pytest.raises(CorpusError, match=r"row 4000 of .*in.jsonl: no JSON.*finished shards"):
+        with pytest.raises(CorpusError, match=r"row 800 of .*in.jsonl: no JSON.*finished shards"):
             st_embfilter.encode_corpus(
                 model, inputs, tmp_path / "strict", engine="ray", strict=True, **options
             )
