@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from st_embfilter.model.calibrate import calibrate_filter, sample_texts
     from st_embfilter.model.layer import EmbedFilterLayer
     from st_embfilter.model.prompts import Echo, MetaEOL, PromptEOL
-    from st_embfilter.saved.folder import push_to_hub, save_pretrained
+    from st_embfilter.saved.folder import save_pretrained
     from st_embfilter.saved.load import load
+    from st_embfilter.saved.push import push_to_hub
     from st_embfilter.spectrum.band import Band
     from st_embfilter.spectrum.gram import Spectrum
 
@@ -66,7 +67,7 @@ _load = lazy_names(
         "from_causal_lm": "model.build",
         "load": "saved.load",
         "sample_texts": "model.calibrate",
-        "push_to_hub": "saved.folder",
+        "push_to_hub": "saved.push",
         "save_pretrained": "saved.folder",
         "stack_filter": "model.attach",
     },

@@ -26,6 +26,7 @@ from tests.conftest import tiny_lm
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = "shard-1.safetensors"
 HEAD = "lm_head.weight"
 PROJECTION = "2_Dense/model.safetensors"
 
@@ -197,14 +198,46 @@ def few_rows(folder: Path) -> None:
     document("config.json", put("vocab_size", value=8))(folder)
 
 
-def index(*, target: object = WEIGHTS, name: str = INDEX, **other: object) -> Change:
+def index(*, target: object = SHARD, name: str = INDEX, **other: object) -> Change:
     """Adds an index that places the head in the given file."""
 
     def change(folder: Path) -> None:
+        if (folder / WEIGHTS).exists() and name == INDEX:  # without an index, that is read first
+            (folder / WEIGHTS).rename(folder / SHARD)
         content = other or {"weight_map": {HEAD: target}}
         if other.get("weight_map", ...) is not ...:
             content = {"weight_map": other["weight_map"]}
         (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
+def bare_index(content: str) -> Change:
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        (folder / INDEX).write_text(content)
+
+    return change
+
+
+def adapter(config: dict[str, Any], weights: dict[str, torch.Tensor] | object = None) -> Change:
+    """Makes the folder an adapter of a language model beside it, with a LoRA of the head."""
+
+    def change(folder: Path) -> None:
+        shutil.copytree(folder, folder / "base")
+        for name in ("config.json", WEIGHTS):
+            (folder / name).unlink()
+        content = {"base_model_name_or_path": str(folder / "base"), "lora_alpha": 8, **config}
+        content = {key: value for key, value in content.items() if value is not ...}
+        (folder / "adapter_config.json").write_text(json.dumps(content))
+        lora = {
+            "base_model.model.lm_head.lora_A.weight": torch.ones(2, 32),
+            "base_model.model.lm_head.lora_B.weight": torch.ones(200, 2),
+        }
+        if weights is None or isinstance(weights, dict):
+            save_file({**lora, **(weights or {})}, folder / "adapter_model.safetensors")
+        else:
+            torch.save(weights, folder / "adapter_model.bin")
 
     return change
 
@@ -224,6 +257,7 @@ def shard_is_a_folder(folder: Path) -> None:
 
 
 def duplicate_place(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
     (folder / INDEX).write_text(f'{{"weight_map": {{"{HEAD}": "{WEIGHTS}", "{HEAD}": "x"}}}}')
 
 
@@ -240,8 +274,8 @@ def link_out(name: str) -> Change:
 
 def linked_shard(folder: Path) -> None:
     link_out(WEIGHTS)(folder)
-    (folder / WEIGHTS).rename(folder / "shard.safetensors")
-    index(target="shard.safetensors")(folder)
+    (folder / WEIGHTS).rename(folder / SHARD)
+    index()(folder)
 
 
 def pipe(folder: Path) -> None:
@@ -467,8 +501,8 @@ CHECKPOINTS = [
     Hostile("index without a map", index(metadata={}), "non-empty object 'weight_map'"),
     Hostile("map is empty", index(weight_map={}), "non-empty object 'weight_map'"),
     Hostile("map is a list", index(weight_map=[HEAD]), "non-empty object 'weight_map'"),
-    Hostile("index is no JSON", write(INDEX, "{"), "must be JSON"),
-    Hostile("index is a list", write(INDEX, "[]"), "must be a JSON object"),
+    Hostile("index is no JSON", bare_index("{"), "must be JSON"),
+    Hostile("index is a list", bare_index("[]"), "must be a JSON object"),
     Hostile("one tensor in two places", duplicate_place, "twice"),
     # Links and special files.
     Hostile("weights behind a link", link_out(WEIGHTS), "link"),
@@ -487,6 +521,40 @@ CHECKPOINTS = [
         "weights are a folder",
         lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()),
         "must hold",
+    ),
+    # Adapters.
+    Hostile("adapter without lora_alpha", adapter({"lora_alpha": ...}), "lora_alpha"),
+    Hostile("adapter with alpha in words", adapter({"lora_alpha": "8"}), "lora_alpha"),
+    Hostile("adapter with a huge alpha", adapter({"lora_alpha": 10**400}), "lora_alpha"),
+    Hostile("adapter with a list as revision", adapter({"revision": ["main"]}), "revision"),
+    Hostile("adapter with a bad pattern", adapter({"alpha_pattern": {"(": 3}}), "alpha_pattern"),
+    Hostile(
+        "adapter with words in a pattern",
+        adapter({"alpha_pattern": {"lm_head": "x"}}),
+        "lora_alpha",
+    ),
+    Hostile("adapter that is a pickle with code", adapter({}, [Payload()]), "adapter"),
+    Hostile("adapter that is a list", adapter({}, [torch.ones(2)]), "tensors by name"),
+    Hostile("adapter of numbers", adapter({}, [7]), "tensors by name"),
+    Hostile(
+        "adapter with a vector",
+        adapter({}, {"base_model.model.lm_head.lora_A.weight": torch.ones(32)}),
+        "must fit it",
+    ),
+    Hostile(
+        "adapter of no rank",
+        adapter({}, {"base_model.model.lm_head.lora_A.weight": torch.ones(0, 32)}),
+        "must fit it",
+    ),
+    Hostile(
+        "adapter that says alpha twice",
+        lambda f: (
+            adapter({})(f),
+            (f / "adapter_config.json").write_text(
+                (f / "adapter_config.json").read_text().replace("{", '{"lora_alpha": 1, ', 1)
+            ),
+        ),
+        "twice",
     ),
     # Pickles.
     Hostile("pickle with code", torch_bin({HEAD: Payload()}), "weights_only=True"),
@@ -640,7 +708,55 @@ FILTERS = [
     saved("modules say type twice", twice_in("modules.json", "type"), "twice", how="load"),
     saved("modules nested deeply", write("modules.json", DEEP), "levels", how="load"),
     saved("Dense says bias twice", twice_in("2_Dense/config.json", "bias"), "twice", how="load"),
+    saved("dtype is a function", meta("unembedding", "dtype", value="load"), "dtype must be"),
+    saved("dtype is a module", meta("unembedding", "dtype", value="nn"), "dtype must be"),
+    saved("dtype is nothing", meta("unembedding", "dtype", value=""), "dtype must be"),
+    saved(
+        "an astronomical seed",
+        document(
+            "embfilter.json",
+            lambda d: d["filter"].update(band="random", seed=10**30, start=None),
+        ),
+        "seed must be in",
+    ),
+    saved(
+        "a negative seed",
+        document(
+            "embfilter.json",
+            lambda d: d["filter"].update(band="random", seed=-1, start=None),
+        ),
+        "seed must be in",
+    ),
+    saved(
+        "length of -1",
+        document("sentence_bert_config.json", put("max_seq_length", value=-1)),
+        "max_seq_length",
+        how="load",
+    ),
+    saved(
+        "length in words",
+        document("sentence_bert_config.json", put("max_seq_length", value="x")),
+        "max_seq_length",
+        how="load",
+    ),
+    saved("length nested deeply", write("sentence_bert_config.json", DEEP), "levels", how="load"),
+    saved(
+        "Dense reads another feature",
+        document("2_Dense/config.json", put("module_input_name", value="token_embeddings")),
+        "other keys",
+        how="load",
+    ),
+    saved(
+        "filter in another folder",
+        lambda f: (
+            shutil.copytree(f / "2_Dense", f / "evil_Dense"),
+            document("modules.json", module_path("evil_Dense"))(f),
+        ),
+        "where modules.json places them",
+        how="load",
+    ),
     # The projection.
+    saved("projection in fp8", projection(lambda p: p.to(torch.float8_e4m3fn)), "must be finite"),
     saved("no projection", remove(PROJECTION), "weights of"),
     saved("projection is empty", write(PROJECTION, b""), "must be a safetensors file"),
     saved("projection cut off", cut(PROJECTION, 0.7), "must be a safetensors file"),

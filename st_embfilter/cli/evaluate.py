@@ -113,7 +113,7 @@ def evaluate(
         raise typer.BadParameter("--dev belongs to --search")
     from st_embfilter.evaluation.sweep import raw_model, sweep
     from st_embfilter.files.staging import check_file
-    from st_embfilter.saved.results import RESULTS_FILE
+    from st_embfilter.saved.layout import RESULTS_FILE
 
     for file in filter(None, (output, figure)):
         check_file(file)

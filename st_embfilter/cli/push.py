@@ -29,7 +29,7 @@ def push(
     The token is that of `hf auth login`, or HF_TOKEN.
     """
     quiet_libraries(repo, quiet)
-    from st_embfilter.saved.folder import push_folder
+    from st_embfilter.saved.push import push_folder
 
     commit = push_folder(
         folder,

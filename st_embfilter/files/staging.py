@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -80,6 +81,28 @@ def check_file(file: Path) -> None:
         raise
     except (OSError, ValueError) as error:  # a name too long, without rights, with a NUL
         raise OutputError(f"cannot write {file}: {error}") from error
+
+
+def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file so that it is there whole or as it was; a link of that name is replaced itself.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    path = Path(path)
+    # A name that nobody can have prepared, and never one that is there.
+    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:

@@ -297,22 +297,24 @@ class TorchCheckpoint(Checkpoint):
 
 
 def open_checkpoint(files: ModelFiles) -> Checkpoint:
-    """The checkpoint among a model's files; safetensors first, then `.bin`.
+    """The checkpoint among a model's files, in the order in which transformers looks for it.
+
+    One file goes before shards, safetensors before `.bin`.
 
     Raises:
         UnembeddingError: If there are no weights, or damaged ones.
     """
+    single = files.open(SAFETENSORS_FILE)
+    if single is not None:  # before an index, which may be left over from earlier shards
+        return SafetensorsCheckpoint(files, dict.fromkeys(single.header[0], SAFETENSORS_FILE))
     index = files.path(SAFETENSORS_INDEX)
     if index is not None:
         return SafetensorsCheckpoint(files, read_index(index))
-    single = files.open(SAFETENSORS_FILE)
-    if single is not None:
-        return SafetensorsCheckpoint(files, dict.fromkeys(single.header[0], SAFETENSORS_FILE))
+    if files.path(TORCH_FILE) is not None:
+        return TorchCheckpoint(files)
     index = files.path(TORCH_INDEX)
     if index is not None:
         return TorchCheckpoint(files, read_index(index))
-    if files.path(TORCH_FILE) is not None:
-        return TorchCheckpoint(files)
     raise UnembeddingError(
         f"a checkpoint must hold {SAFETENSORS_FILE} or {TORCH_FILE} (or their index), got none of "
         f"them in {files.where}"
@@ -445,6 +447,18 @@ def check_inside(path: Path, folder: Path) -> None:
             f"every file of a model must lie in its folder, got the symbolic link {path} out of "
             "it; put the file itself there"
         )
+
+
+def links_out(folder: Path) -> list[str]:
+    """Files and folders in a model folder that are links out of it."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            try:
+                check_inside(path, folder)
+            except (LinkError, OSError, RuntimeError):
+                found.append(path.relative_to(folder).as_posix())
+    return found
 
 
 def read_index(path: Path) -> dict[str, str]:

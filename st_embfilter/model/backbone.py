@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from st_embfilter.errors import BackboneError, EmbedFilterError, UnembeddingError
-from st_embfilter.files.tensors import check_inside
+from st_embfilter.files.tensors import SAFETENSORS_FILE, TORCH_FILE, check_inside
 from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.whole import check_finite, loaded_whole
 from st_embfilter.text import first_line, read_json
@@ -255,7 +255,9 @@ def backbone_files(folder: Path) -> list[Path]:
         UnembeddingError: If there are no weights among them.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    weights = [path for path in files if _SAFETENSORS.fullmatch(path.name)]
+    weights = [path for path in files if path.name == SAFETENSORS_FILE]
+    weights = weights or [path for path in files if _SAFETENSORS.fullmatch(path.name)]
+    weights = weights or [path for path in files if path.name == TORCH_FILE]
     weights = weights or [path for path in files if _TORCH_FILES.fullmatch(path.name)]
     if not weights:
         raise UnembeddingError(f"a checkpoint folder must hold weights, got none in {folder}")

@@ -11,7 +11,12 @@ from typing import Any, Final
 import torch
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from st_embfilter.errors import CalibrationError, PlacementError
 from st_embfilter.model.gguf_backbone import readable
@@ -155,6 +160,9 @@ def sample_texts(
         name, **hub, **({} if dtype is None else {"dtype": dtype})
     )
     model.to(device or "cpu").eval()
+    # Nothing else of the checkpoint's own settings: they are a stranger's, and shape the texts.
+    ends = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends)
     start = start_token(tokenizer, model.config)
     if start is None:
         raise CalibrationError(

@@ -28,6 +28,9 @@ from st_embfilter.model.modules_file import IDENTITY
 #: sentence-transformers, and alone.
 _FOLDERS: Final = (("2_Dense/", ""), ("2_EmbedFilterLayer/", "2_EmbedFilterLayer/"), ("", ""))
 
+#: What a projection and a bias may be stored in; the layer computes in float32.
+_DTYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 #: Rounding to 16 bits leaves less than this, a damaged matrix more.
 MAX_SKEW: Final = 0.01
 
@@ -332,7 +335,7 @@ def assemble(
             f"{sorted(weights)}"
         )
     projection, bias = weights["linear.weight"], weights.get("linear.bias")
-    fits = tuple(projection.shape) == expected and projection.is_floating_point()
+    fits = tuple(projection.shape) == expected and projection.dtype in _DTYPES
     if not fits or not bool(torch.isfinite(projection).all()):
         raise FormatError(
             f"the projection must be finite and of shape {expected} as {METADATA_FILE} says, got "
@@ -345,7 +348,9 @@ def assemble(
             "edited or is damaged"
         )
     if bias is not None and (
-        tuple(bias.shape) != expected[:1] or not bool(torch.isfinite(bias).all())
+        tuple(bias.shape) != expected[:1]
+        or bias.dtype not in _DTYPES
+        or not bool(torch.isfinite(bias).all())
     ):
         raise FormatError(
             f"the bias must be finite and of shape {expected[:1]} as {METADATA_FILE} says, got "

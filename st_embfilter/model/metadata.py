@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
+import torch
+
 from st_embfilter.errors import BandError, FormatError, PromptError
 from st_embfilter.model.prompts import recipe_from_dict
 from st_embfilter.spectrum.band import Band
@@ -140,6 +142,10 @@ class FilterMetadata:
                 f"{METADATA_FILE}: sha256 must be 64 hexadecimal digits, got "
                 f"{provenance.sha256!r:.80}"
             )
+        if not isinstance(getattr(torch, provenance.dtype, None), torch.dtype):
+            raise FormatError(
+                f"{METADATA_FILE}: dtype must be one of torch, got {provenance.dtype!r:.80}"
+            )
         prompt = document.get("prompt")
         metadata = cls(
             provenance=provenance,
@@ -165,7 +171,7 @@ class FilterMetadata:
 def _band(window: dict[str, Any]) -> Band:
     family = _typed(window, "band", str)
     keep = _typed(window, "keep", int, float)
-    seed = _typed(window, "seed", int, None)
+    seed = _check_seed(_typed(window, "seed", int, None))
     try:
         offset = _typed(window, "start", int) if family == "offset" else None
         order = _typed(window, "order", list, None)
@@ -195,6 +201,7 @@ def _calibration(value: object) -> Calibration | None:
         shrinkage=_typed(record, "shrinkage", float),
         seed=_typed(record, "seed", int, None),
     )
+    _check_seed(calibration.seed)
     in_range = 0.0 <= calibration.strength <= 1.0 and 0.0 <= calibration.shrinkage <= 1.0
     if calibration.source not in ("self", "texts") or calibration.texts < 1 or not in_range:
         raise FormatError(
@@ -209,6 +216,12 @@ def _prompt(data: dict[str, Any]) -> dict[str, Any]:
         return recipe_from_dict(data).to_dict()
     except PromptError as error:
         raise FormatError(f"{METADATA_FILE}: prompt: {error}") from error
+
+
+def _check_seed(seed: int | None) -> int | None:
+    if seed is not None and not 0 <= seed < 2**63:
+        raise FormatError(f"{METADATA_FILE}: seed must be in [0, 2^63), got {seed}")
+    return seed
 
 
 def _object(value: object, what: str) -> dict[str, Any]:

@@ -21,17 +21,21 @@ from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_inde
 from huggingface_hub.utils import validate_repo_id, yaml_dump  # type: ignore[attr-defined]
 
 from st_embfilter.errors import FormatError
+from st_embfilter.files.staging import replace_file
+from st_embfilter.files.tensors import FolderFiles, ModelFiles
 from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
+from st_embfilter.model.modules_file import MODULES_FILE, parse_modules
+from st_embfilter.saved.layout import (
+    CARD_FILE,
+    LENS_FILE,
+    POOLING_KEYS,
+    RESULTS_FILE,
+    TRANSFORMER_CONFIG,
+)
 from st_embfilter.spectrum.whitening import DEFAULT_STRENGTH, Calibration
 from st_embfilter.text import code, read_json, template
 
 Form = Literal["portable", "plugin", "package"]
-
-CARD_FILE: Final = "README.md"
-MODULES_FILE: Final = "modules.json"
-RESULTS_FILE: Final = "results.jsonl"
-#: A section that `st-embfilter lens --section` wrote.
-LENS_FILE: Final = "lens.md"
 
 #: Metadata that a derived model takes over from its base model, and never makes up.
 INHERITED: Final = ("license", "license_name", "license_link", "language")
@@ -56,14 +60,6 @@ _LANGUAGE: Final = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
 _TOKEN: Final = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _RATIOS: Final = (2, 4, 8)
 _TABLE_COLUMNS: Final = 8
-_POOLING_NAMES: Final = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_lasttoken": "lasttoken",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-}
 
 
 @dataclass(frozen=True)
@@ -205,7 +201,7 @@ def facts_of_files(
     source, band = metadata.provenance, metadata.band
     types = _modules(files)
     pooling = next((pair for pair in types.items() if pair[0].endswith("Pooling")), None)
-    length = _content(files, "sentence_bert_config.json", dict).get("max_seq_length")
+    length = _content(files, TRANSFORMER_CONFIG, dict).get("max_seq_length")
     return CardFacts(
         base_model=source.model_id,
         d=metadata.d,
@@ -334,24 +330,16 @@ def card_of_folder(folder: str | os.PathLike[str], *, repo_id: str | None = None
     Raises:
         FormatError: If the folder holds no filtered model, or a file is malformed.
     """
-    folder = Path(folder)
-    files = _small_files(folder)
-    results = folder / RESULTS_FILE
-    rows = (
-        read_results(results.read_text(encoding="utf-8", errors="replace"))
-        if results.is_file()
-        else ()
-    )
-    own = folder / CARD_FILE
-    card = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else None
-    facts = facts_of_files(files, base_card=card, results=rows)
+    files = FolderFiles(folder)
+    small = _small_files(files)
+    results = _text(files, RESULTS_FILE)
+    rows = () if results is None else read_results(results)
+    card = _text(files, CARD_FILE)
+    facts = facts_of_files(small, base_card=card, results=rows)
     if not facts.inherited and facts.on_hub:
         card = base_card(str(facts.base_model), facts.revision)
-        facts = facts_of_files(files, base_card=card, results=rows)
-    section = folder / LENS_FILE
-    if section.is_file():
-        facts = replace(facts, lens=section.read_text(encoding="utf-8", errors="replace"))
-    return render(facts, repo_id=repo_id)
+        facts = facts_of_files(small, base_card=card, results=rows)
+    return render(replace(facts, lens=_text(files, LENS_FILE)), repo_id=repo_id)
 
 
 def write_card(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> Path:
@@ -363,9 +351,7 @@ def write_card(folder: str | os.PathLike[str], *, repo_id: str | None = None) ->
     text = card_of_folder(folder, repo_id=repo_id)
     check_card(text)
     target = Path(folder) / CARD_FILE
-    staging = target.with_name(f".{CARD_FILE}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    staging.replace(target)
+    replace_file(target, text.encode())
     return target
 
 
@@ -566,21 +552,27 @@ def _pooling_mode(files: Mapping[str, bytes], kind: str, folder: str) -> str:
     if not kind.startswith(_PLAIN):
         return kind.rpartition(".")[2]
     config = _content(files, f"{folder}/config.json", dict)
-    modes = [name for key, name in _POOLING_NAMES.items() if config.get(key) is True]
+    modes = [name for name, key in POOLING_KEYS.items() if config.get(key) is True]
     mode = config.get("pooling_mode")
     return "+".join(modes) or (mode if isinstance(mode, str) else "mean")
 
 
-def _small_files(folder: Path) -> dict[str, bytes]:
+def _text(files: ModelFiles, name: str) -> str | None:
+    path = files.path(name)
+    return None if path is None else path.read_text(encoding="utf-8", errors="replace")
+
+
+def _small_files(files: ModelFiles) -> dict[str, bytes]:
     """The files that `facts_of_files` reads, where the folder's own modules have them."""
 
     def read(*names: str) -> dict[str, bytes]:
-        return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+        found = {name: files.path(name) for name in names}
+        return {name: path.read_bytes() for name, path in found.items() if path is not None}
 
-    files = read(MODULES_FILE)
-    paths = _modules(files).values()
-    return files | read(
-        "sentence_bert_config.json",
+    small = read(MODULES_FILE)
+    paths = _modules(small).values()
+    return small | read(
+        TRANSFORMER_CONFIG,
         *(f"{path}/{METADATA_FILE}".lstrip("/") for path in paths),
         *(f"{path}/config.json" for path in paths if path),
     )
@@ -588,13 +580,8 @@ def _small_files(folder: Path) -> dict[str, bytes]:
 
 def _modules(files: Mapping[str, bytes]) -> dict[str, str]:
     """Folders of the modules by their types, in order."""
-    modules = _content(files, MODULES_FILE, list)
-    for module in modules:
-        if not isinstance(module, dict) or not all(
-            isinstance(module.get(key), str) for key in ("type", "path")
-        ):
-            raise FormatError(f"{MODULES_FILE}: a module needs a type and a path, got {module!r}")
-    return {module["type"]: module["path"] for module in modules}
+    found = parse_modules(files[MODULES_FILE]) if MODULES_FILE in files else []
+    return {module.type: module.path for module in found}
 
 
 def _content(files: Mapping[str, bytes], name: str, kind: type) -> Any:

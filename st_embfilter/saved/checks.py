@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from st_embfilter.errors import LinkError
-from st_embfilter.files.tensors import check_inside
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.spectrum.gram import Spectrum
 from st_embfilter.spectrum.whitening import MAX_CONDITION
@@ -166,18 +163,6 @@ def check_prefixes(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool, s
     if failed:
         return False, f"another space at width {', '.join(map(str, failed))}: sine {worst:.1e}"
     return True, f"the same space at every prefix: sine of the largest angle {worst:.1e}"
-
-
-def links_out(folder: Path) -> list[str]:
-    """Files and folders in a model folder that are links out of it."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            try:
-                check_inside(path, folder)
-            except (LinkError, OSError, RuntimeError):
-                found.append(path.relative_to(folder).as_posix())
-    return found
 
 
 def odd_numbers(config: Any, where: str = "") -> Iterator[str]:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from st_embfilter.errors import DataError
+from st_embfilter.files.staging import replace_file
 from st_embfilter.text import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
-
-#: Name of the results in a model folder; the model card shows them.
-RESULTS_FILE: Final = "results.jsonl"
 
 
 @dataclass(frozen=True)
@@ -102,17 +101,14 @@ class Result:
 
 def write_results(rows: Iterable[Result], file: str | os.PathLike[str]) -> None:
     """Writes JSON Lines, or CSV if the name ends in .csv; the file is replaced at once."""
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    with partial.open("w", encoding="utf-8", newline="") as stream:
-        if path.suffix == ".csv":
-            writer = csv.DictWriter(stream, [field.name for field in fields(Result)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-        else:
-            stream.writelines(f"{row.to_json()}\n" for row in rows)
-    partial.replace(path)
+    stream = io.StringIO()
+    if Path(file).suffix == ".csv":
+        writer = csv.DictWriter(stream, [field.name for field in fields(Result)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    else:
+        stream.writelines(f"{row.to_json()}\n" for row in rows)
+    replace_file(file, stream.getvalue().encode())
 
 
 def read_results(file: str | os.PathLike[str]) -> list[Result]:

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from st_embfilter.errors import EmbedFilterError, FormatError, HubError
-from st_embfilter.files.tensors import ModelFiles
+from st_embfilter.files.tensors import ModelFiles, links_out
 from st_embfilter.model import echo_pooling
 from st_embfilter.model.calibrate import calibrate_filter, sample_texts
 from st_embfilter.model.layer import EmbedFilterLayer, read_filter
@@ -170,7 +170,7 @@ class _Job:
             yield _attempt("calibration", lambda: self._calibration(spectrum, layer, alone))
 
     def _links(self) -> tuple[bool, str]:
-        found = checks.links_out(Path(self.source.name))
+        found = links_out(Path(self.source.name))
         if found:
             return False, f"{len(found)} links out of the folder, e.g. {shown(found[0])}"
         return True, "none leads out of the folder"

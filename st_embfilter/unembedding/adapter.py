@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from st_embfilter.errors import HubError, UnembeddingError
 from st_embfilter.files.tensors import ModelFiles, StoredTensor
-from st_embfilter.text import read_json
+from st_embfilter.text import first_line, read_json
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 _SAFETENSORS: Final = "adapter_model.safetensors"
@@ -49,6 +50,10 @@ class Adapter:
         if not isinstance(config.get("base_model_name_or_path"), str):
             raise UnembeddingError(
                 f"{path} must name its base model in base_model_name_or_path, got {config!r:.80}"
+            )
+        if not isinstance(config.get("revision"), str | None):
+            raise UnembeddingError(
+                f"{path}: revision must be a name or null, got {config['revision']!r:.80}"
             )
         return cls(files, config)
 
@@ -92,16 +97,25 @@ class Adapter:
     ) -> StoredTensor:
         a = weights[key].to(torch.float32)
         b = weights[key.replace("lora_A", "lora_B")].to(torch.float32)
-        rank = a.shape[0]
-        if a.shape[1] != stored.shape[1] or b.shape != (stored.shape[0], rank):
+        rank = a.shape[0] if a.ndim == 2 else 0
+        if (
+            rank < 1
+            or b.ndim != 2
+            or a.shape[1] != stored.shape[1]
+            or b.shape != (stored.shape[0], rank)
+        ):
             raise UnembeddingError(
                 f"LoRA matrices of a head of shape {stored.shape} must fit it, got "
                 f"{tuple(b.shape)} and {tuple(a.shape)}; the adapter belongs to another model"
             )
-        alpha = float(
-            _by_module(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        alpha: Any = _by_module(
+            self.config.get("alpha_pattern"), module, self.config.get("lora_alpha")
         )
-        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        if type(alpha) not in (int, float) or not abs(alpha) < 1e9:
+            raise UnembeddingError(
+                f"{ADAPTER_CONFIG}: lora_alpha must be a number, got {alpha!r:.80}"
+            )
+        scale = float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
         def read_rows(first: int, last: int) -> Tensor:
             base = stored.read_rows(first, last).to(torch.float32)
@@ -120,12 +134,23 @@ class Adapter:
             weights = torch.load(path, map_location="cpu", weights_only=True)
         except HubError:
             raise
-        except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            pickle.UnpicklingError,
+        ) as error:
             raise UnembeddingError(
                 f"an adapter folder must hold {_SAFETENSORS} or {_TORCH}, got none that can be "
-                f"read in {self.files.where}: {error}"
+                f"read in {self.files.where}: {first_line(error)}"
             ) from error
-        return dict(weights)
+        if not isinstance(weights, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+        ):
+            raise UnembeddingError(f"{path.name} must hold tensors by name, got something else")
+        return weights
 
 
 def _is_of(key: str, module: str) -> bool:
@@ -136,7 +161,14 @@ def _is_of(key: str, module: str) -> bool:
 def _by_module(pattern: object, module: str, default: Any) -> Any:
     """PEFT's per-module options: regular expressions that match the end of a name."""
     for expression, value in (pattern or {}).items() if isinstance(pattern, dict) else ():
-        if re.fullmatch(rf"(.*\.)?({expression})", module):
+        try:
+            fits = re.fullmatch(rf"(.*\.)?({expression})", module)
+        except (re.error, RecursionError) as error:
+            raise UnembeddingError(
+                f"{ADAPTER_CONFIG}: alpha_pattern must hold regular expressions, got "
+                f"{expression!r:.80}"
+            ) from error
+        if fits:
             return value
     return default
 

@@ -19,8 +19,8 @@ import st_embfilter
 from st_embfilter import EmbedFilterLayer, build_filter
 from st_embfilter.cli.app import app
 from st_embfilter.errors import FormatError, HubError, ProvenanceError, ShapeError
-from st_embfilter.saved import folder as publish
-from st_embfilter.saved.folder import push_folder, push_to_hub, validate_folder
+from st_embfilter.saved import push as publish
+from st_embfilter.saved.push import push_folder, push_to_hub, validate_folder
 from tests.conftest import DEMO_LM, TEXTS, MakeLM, contents, same
 from tests.hub_server import TOKEN, LocalHub
 
