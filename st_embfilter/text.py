@@ -187,8 +187,8 @@ def reading(
 def template(name: str) -> Template:
     """A template of this package, in Markdown or, by its name, in HTML.
 
-    Filters: `code` and `cell`, a code span in Markdown, also in a table; `literal`, text that
-    Markdown takes as it is; `fence`, a block of code.
+    Filters: `code` and `cell`, a code span in Markdown, also in a table; `literal` and `inline`,
+    text that Markdown takes as it is, all of it or but for emphasis; `fence`, a block of code.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -200,7 +200,13 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": code, "cell": cell, "fence": fence, "literal": literal}
+    environment.filters |= {
+        "code": code,
+        "cell": cell,
+        "fence": fence,
+        "inline": inline,
+        "literal": literal,
+    }
     return environment.get_template(name)
 
 
@@ -222,10 +228,15 @@ def cell(text: object) -> str:
     return code(text).replace("|", "\\|")
 
 
-def fence(text: object) -> str:
+def inline(text: object) -> str:
+    """Text on one line that makes no HTML, link or cell of its own in Markdown."""
+    return re.sub(r"([\\`\[\]<>|&])", r"\\\1", shown(text, limit=1000))
+
+
+def fence(text: object, language: str = "text") -> str:
     """A block of code, whatever backticks are in it."""
     ticks = "`" * max(3, 1 + _longest_run(str(text)))
-    return f"{ticks}text\n{text}\n{ticks}"
+    return f"{ticks}{language}\n{text}\n{ticks}"
 
 
 def _longest_run(text: str) -> int:

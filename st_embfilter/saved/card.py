@@ -33,7 +33,7 @@ from st_embfilter.saved.layout import (
     TRANSFORMER_CONFIG,
 )
 from st_embfilter.spectrum.whitening import DEFAULT_STRENGTH, Calibration
-from st_embfilter.text import code, read_json, template
+from st_embfilter.text import code, inline, read_json, shown, template
 
 Form = Literal["portable", "plugin", "package"]
 
@@ -175,7 +175,8 @@ class CardFacts:
     @property
     def name(self) -> str:
         """Name of the model after its base, e.g. "Qwen2.5-0.5B-embfilter"."""
-        return f"{(self.base_model or 'model').rsplit('/', 1)[-1]}-embfilter"
+        base = (self.base_model or "model").rsplit("/", 1)[-1]
+        return f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', base)}-embfilter"  # stands in code and headings
 
 
 def facts_of_files(
@@ -251,7 +252,11 @@ def render(facts: CardFacts, *, repo_id: str | None = None) -> str:
         measured=list(_tables(facts, measured)),
         reported=list(_tables(facts, [r for r in facts.results if r.source is not None])),
         sources=sorted({r.source for r in facts.results if r.source is not None}),
-        commands=list(dict.fromkeys(_public(r.command) for r in measured if r.command is not None)),
+        commands="\n".join(
+            dict.fromkeys(
+                " ".join(_public(r.command).split()) for r in measured if r.command is not None
+            )
+        ),
         build=_build_command(facts, repo_id),
         licence=facts.inherited.get("license_name") or facts.inherited.get("license"),
     )
@@ -430,7 +435,7 @@ def _tables(facts: CardFacts, results: Sequence[Score]) -> Iterator[dict[str, An
     for first in range(0, len(columns), _TABLE_COLUMNS):
         part = columns[first : first + _TABLE_COLUMNS]
         yield {
-            "head": [dataset for _, dataset, _, _ in part],
+            "head": [inline(dataset) for _, dataset, _, _ in part],
             "rows": [
                 (configuration, -dims, [_cell(cells.get((c, configuration, -dims))) for c in part])
                 for _, dims, configuration in settings
@@ -447,7 +452,7 @@ def _notes(columns: Sequence[tuple[str, str, str, str]]) -> Iterator[str]:
         kinds.setdefault((task, split, metric), []).append(dataset)
     for (task, split, metric), datasets in kinds.items():
         names = "all columns" if len(kinds) == 1 < len(datasets) else ", ".join(datasets)
-        yield f"{names}: {task}, {split}, {code(metric)}"
+        yield f"{inline(names)}: {inline(task)}, {inline(split)}, {code(metric)}"
 
 
 def _cell(result: Score | None) -> str:
@@ -499,15 +504,17 @@ def _build_command(facts: CardFacts, repo_id: str | None) -> str:
         ("--prompt-encoding", "exact" if _is_exact(facts.prompt) else None),
         ("--calibrate", _calibrate_option(facts.calibration)),
         ("--calibration-strength", _strength_option(facts.calibration)),
-        ("--pooling", None if facts.prompt or facts.pooling == "mean" else facts.pooling),
+        ("--calibration-size", _size_option(facts.calibration)),
+        ("--calibration-seed", _seed_option(facts.calibration)),
+        ("--pooling", _pooling_option(facts)),
         (
             "--max-seq-length",
             None if facts.max_seq_length in (None, 512) else str(facts.max_seq_length),
         ),
-        ("--revision", facts.revision),
+        ("--revision", facts.revision and shown(facts.revision)),
         ("--output", (repo_id or facts.name).rsplit("/", 1)[-1]),
     ]
-    words = ["st-embfilter", "build", shlex.quote(facts.base_model or "MODEL")]
+    words = ["st-embfilter", "build", shlex.quote(shown(facts.base_model or "MODEL"))]
     for option, value in options:
         words += [] if value is None else [f"{option} {shlex.quote(value)}"]
     if facts.normalized:
@@ -525,6 +532,22 @@ def _strength_option(calibration: Calibration | None) -> str | None:
     if calibration is None or calibration.strength == DEFAULT_STRENGTH:
         return None
     return str(calibration.strength)
+
+
+def _size_option(calibration: Calibration | None) -> str | None:
+    if calibration is None or calibration.source != "self" or calibration.texts == 1024:
+        return None
+    return str(calibration.texts)
+
+
+def _seed_option(calibration: Calibration | None) -> str | None:
+    return None if calibration is None or not calibration.seed else str(calibration.seed)
+
+
+def _pooling_option(facts: CardFacts) -> str | None:
+    """What `--pooling` takes: ECHO and MetaEOL have a pooling of their own."""
+    own = {None: "mean", "prompteol": "lasttoken"}.get((facts.prompt or {}).get("recipe"))
+    return None if own in (None, facts.pooling) else facts.pooling
 
 
 def _is_exact(prompt: Mapping[str, Any] | None) -> bool:

@@ -421,3 +421,55 @@ def test_errors_leave_the_card_as_it_is(saved_demo: Path, tmp_path: Path) -> Non
     finally:
         results.unlink()
     assert (saved_demo / "README.md").read_bytes() == card
+
+
+BUILDS = [
+    {},
+    {"keep": 7, "band": "offset:3", "normalize": True},
+    {"band": "random:5", "pooling": "lasttoken", "max_seq_length": 40},
+    {"calibrate": "self", "calibration_size": 48, "calibration_seed": 3},
+    {"calibrate": "self", "calibration_size": 32, "calibration_strength": 0.5},
+    {"prompt": 'In a\nword ``` "{text}" is "', "keep": 0.25},
+    {"prompt": "prompteol", "pooling": "mean", "prompt_encoding": "exact"},
+    {"prompt": "echo", "normalize": True},
+    {"prompt": "metaeol"},
+]
+
+
+@pytest.mark.parametrize("arguments", BUILDS, ids=range(len(BUILDS)))
+def test_the_command_of_the_card_builds_the_same_bytes(
+    make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
+) -> None:
+    folder, _ = make_lm()
+    model = st_embfilter.from_causal_lm(folder, device="cpu", show_progress_bar=False, **arguments)
+    saved = st_embfilter.save_pretrained(model, tmp_path / "saved")
+    text = (saved / "README.md").read_text()
+    command = text.split("Build it again")[1].split("shell\n", 1)[1].split("\n```", 1)[0]
+    words = shlex.split(command.replace("\\\n", ""))
+    assert words[:3] == ["st-embfilter", "build", folder.name]
+    output = words[words.index("--output") + 1]
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(app, ["build", str(folder), *words[3:], "--quiet"])
+    assert run.exit_code == 0, run.output
+    assert tree(tmp_path / output) == tree(saved)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_names_of_strangers_cannot_break_the_card(tmp_path: Path) -> None:
+    evil = "x\n\n# Owned\n<img src=x onerror=alert(1)>|a|`b`\x1b[2J"
+    facts = CardFacts(
+        evil, 8, 4, "bulk", 2, 0.5, on_hub=False, tensor=evil, sha256="0" * 64, revision=evil
+    )
+    row = {**ROW, "dataset": evil, "split": evil, "metric": evil, "command": f"a '{evil}'\n```"}
+    text = render(replace(facts, results=read_results(json.dumps(row))))
+    body = text.split("---\n", 2)[2]
+    assert "\n# Owned" not in body
+    assert "\x1b" not in body
+    outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", body, flags=re.DOTALL)
+    assert not re.search(r"(?<!\\)<img", outside)
+    tables = [line for line in body.splitlines() if line.startswith("|")]
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in tables}
+    assert widths <= {3, 4, 5}, tables

@@ -19,7 +19,8 @@ import st_embfilter
 from st_embfilter import EmbedFilterLayer, build_filter
 from st_embfilter.cli.app import app
 from st_embfilter.errors import FormatError, HubError, ProvenanceError, ShapeError
-from st_embfilter.saved import push as publish
+from st_embfilter.saved import folder as publish
+from st_embfilter.saved import push as pushing
 from st_embfilter.saved.push import push_folder, push_to_hub, validate_folder
 from tests.conftest import DEMO_LM, TEXTS, MakeLM, contents, same
 from tests.hub_server import TOKEN, LocalHub
@@ -108,7 +109,7 @@ def test_nothing_is_uploaded_that_fails_validation(
 def test_what_the_hub_says_about_a_card_is_passed_on(
     hub: LocalHub, model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publish, "check_card", lambda *_: None)
+    monkeypatch.setattr(pushing, "check_card", lambda *_: None)
     monkeypatch.setattr(publish, "render", lambda *_, **__: "---\nlicense: mine\n---\n")
     with pytest.raises(HubError, match=r'Invalid metadata in README.md. - "license" is unknown'):
         push_to_hub(model, "me/model", token=TOKEN)
