@@ -29,6 +29,7 @@ from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.prompts import PromptEOL, recipe_from_dict
 from st_embfilter.saved.load import read_saved
+from st_embfilter.text import read_json
 from st_embfilter.unembedding.head import meta_model, stored_name
 from st_embfilter.unembedding.residual import Residual, residual_of
 from st_embfilter.unembedding.source import Source
@@ -89,7 +90,7 @@ def bakeable(source: Source) -> Bakeable:
             "build the model with prompteol, a template, or none"
         )
     path = source.files.path(_POOLING_FILE)
-    config = {} if path is None else json.loads(path.read_bytes())
+    config = {} if path is None else read_json(path.read_bytes(), _POOLING_FILE, FormatError)
     modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
     name = modes[0].removeprefix("pooling_mode_") if len(modes) == 1 else "+".join(modes)
     return Bakeable(
@@ -148,12 +149,14 @@ def export_folder(
         for name in _COPIED:
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, out / name)
-        modules = json.loads((folder / MODULES_FILE).read_bytes())
+        modules = read_json((folder / MODULES_FILE).read_bytes(), MODULES_FILE, FormatError, list)
         plain = [module for module in modules if not module["type"].endswith(".Dense")]
         for i, module in enumerate(plain):
             module |= {"idx": i, "name": str(i)}
         _write_json(out / MODULES_FILE, plain)
-        document = json.loads((folder / "config.json").read_bytes())
+        document = read_json(
+            (folder / "config.json").read_bytes(), "config.json", FormatError, infinity=True
+        )
         # vLLM cuts embeddings only of models that say so.
         document |= {"tie_word_embeddings": False, "is_matryoshka": True}
         if dtype is not None:
