@@ -77,3 +77,7 @@ class LensError(EmbedFilterError, ValueError):
 
 class MissingPackageError(EmbedFilterError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class DegenerateEdgeWarning(UserWarning):
+    """A band separates directions of (nearly) equal singular values: which ones is arbitrary."""

@@ -15,7 +15,7 @@ __getattr__ = lazy_names(
     {
         "Band": "band",
         "FAMILIES": "band",
-        "Spectrum": "gram",
+        "Spectrum": "spectrum",
         "spectrum_of": "gram",
         "spectrum_of_weight": "gram",
     },

@@ -8,92 +8,59 @@ over row blocks: O(d^2) memory instead of O(V d), and a fraction of the arithmet
 
 from __future__ import annotations
 
-import math
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import combinations_with_replacement, pairwise
 from typing import Final, Literal
 
+import numpy as np
 import torch
 from scipy import linalg
-from scipy.linalg import blas
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from st_embfilter.errors import PrecisionError, UnembeddingError
+from st_embfilter.errors import DegenerateEdgeWarning, PrecisionError, UnembeddingError
 from st_embfilter.spectrum.band import Band
+from st_embfilter.spectrum.spectrum import Spectrum
 
 Precision = Literal["auto", "float32", "float64"]
 
-#: What float32 blocks may cost before "auto" recomputes in float64: the estimate of
-#: `Spectrum.subspace_error`, a bound of the sine of the largest principal angle. At the width of
-#: 4,096 the estimate was measured as 3.4 times the sine.
+#: What float32 products may cost before "auto" recomputes in float64: the estimate of
+#: `Spectrum.subspace_error`, a bound of the sine of the largest principal angle.
 FLOAT32_TOLERANCE: Final = 1e-4
+#: The same for every narrower window that the nested order allows, with three times the estimate:
+#: one pair of neighbours with a small gap rules there, and its error is one draw, not a mean.
+#: Largest sine over all prefixes measured: 1.3e-4 (Qwen2.5-0.5B), 2.4e-4 (SmolLM2-135M).
+PREFIX_TOLERANCE: Final = 1e-3
 
-_RUN_ROWS: Final = 8192
+_PIECE_ROWS: Final = 1024
+_TILE_COLUMNS: Final = 256
 _PROBES: Final = 4
 _PROBE_EVERY: Final = 8
-_PIECE_ROWS: Final = 128
+_PROBE_ROWS: Final = 128
 
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Right singular vectors and singular values of one unembedding matrix.
-
-    Attributes:
-        singular_values: (d,) float64, descending, >= 0.
-        directions: (d, d) float64; row i is the right singular vector of singular value i.
-        rounding: Measured root mean square error of one entry of the Gram matrix (0.0 where the
-            sums were float64 throughout).
-    """
-
-    singular_values: Tensor
-    directions: Tensor
-    rounding: float = 0.0
-
-    @property
-    def d(self) -> int:
-        """Width of the hidden state."""
-        return self.singular_values.shape[0]
-
-    def projection(self, band: Band) -> Tensor:
-        """The filter's matrix: the kept directions as rows, in nested order.
-
-        Returns:
-            (k, d) float32 with orthonormal rows; `embedding @ projection.T` is the filter.
-        """
-        return self.directions[band.indices(self.d)].to(torch.float32).contiguous()
-
-    def subspace_error(self, band: Band) -> float:
-        """Expected sine of the largest angle between this band's subspace and the exact one.
-
-        First-order perturbation of an invariant subspace: an error E of the Gram matrix turns kept
-        direction i towards dropped direction j by |v_i^T E v_j| / |s_i^2 - s_j^2|. The measured
-        rounding error stands for every |v_i^T E v_j|; the result is the Frobenius norm over all
-        pairs, an upper bound of the largest sine to first order.
-
-        Returns:
-            A value in [0, inf]; 0.0 for float64 sums, whose error is not measured.
-        """
-        if self.rounding == 0.0:
-            return 0.0
-        kept = torch.zeros(self.d, dtype=torch.bool)
-        kept[band.indices(self.d)] = True
-        squares = self.singular_values.square()
-        gaps = squares[kept][:, None] - squares[~kept][None, :]
-        return float(self.rounding * gaps.abs().reciprocal().square().sum().sqrt())
+# The number of BLAS threads belongs to the process: one fit at a time changes it.
+_threads_lock = threading.Lock()
 
 
 class GramAccumulator:
     """Sums W^T W over row blocks.
 
-    The sum itself is always float64. With float32 blocks, runs of `_RUN_ROWS` rows are summed in
-    float32 for speed and then added to it; the rounding error is measured on every eighth run
-    against float64 products with random probe vectors.
+    The sum itself is always float64. With float32 blocks, pieces of `_PIECE_ROWS` rows are
+    multiplied in float32 for speed and then added to it; the rounding error is measured on every
+    eighth piece against float64 products with random probe vectors.
+
+    On the CPU the lower triangle is cut into tiles. A tile is computed by one worker with one BLAS
+    thread, and pieces are added in order, so the number of workers does not touch the bits.
 
     Args:
         d: Number of columns of W.
-        block_dtype: torch.float32 or torch.float64, the arithmetic inside a block.
+        block_dtype: torch.float32 or torch.float64, the arithmetic inside a piece.
         device: Where the products are computed.
+        pool: Workers for the CPU's tiles; None for the calling thread alone.
     """
 
     def __init__(
@@ -102,21 +69,22 @@ class GramAccumulator:
         *,
         block_dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
+        pool: ThreadPoolExecutor | None = None,
     ) -> None:
         self.rows = 0
         self.block_dtype = block_dtype
         self.device = torch.device(device)
         self._sum = torch.zeros((d, d), dtype=torch.float64, device=self.device)
-        exact = block_dtype == torch.float64
-        self._run = self._sum if exact else torch.zeros_like(self._sum, dtype=block_dtype)
-        self._run_rows = 0
-        self._runs = 0
-        self._measured = 0
-        self._squared_error = 0.0
+        self._pieces = 0
+        self._measured_rows = 0
+        self._errors: list[Tensor] = []
         self._probes = _sign_probes(d)
-        self._action = torch.zeros_like(self._probes)
-        self._converted = torch.empty((0, d), dtype=block_dtype, device=self.device)
-        self._piece = torch.empty((_PIECE_ROWS, d), dtype=torch.float64)
+        self._map = map if pool is None else pool.map
+        self._converted = torch.empty((_PIECE_ROWS, d), dtype=block_dtype, device=self.device)
+        self._spans = _spans(d, _TILE_COLUMNS)
+        # The large tiles first: no worker is left alone with one at the end.
+        tiles = combinations_with_replacement(reversed(self._spans), 2)
+        self._tiles = sorted(tiles, key=lambda tile: tile[0] is tile[1])
 
     @property
     def d(self) -> int:
@@ -137,19 +105,12 @@ class GramAccumulator:
             raise UnembeddingError(
                 f"every block of W_U must have shape (n, {self.d}), got {tuple(block.shape)}"
             )
-        # The float32 sum of a run starts anew with its first block.
-        exact = self.block_dtype == torch.float64
-        _add_gram(self._run, self._convert(block), fresh=not exact and self._run_rows == 0)
-        if not bool(torch.isfinite(self._run.diagonal()).all()):
-            raise self._not_finite(block)
-        self.rows += block.shape[0]
-        if exact:
-            return
-        if self._runs % _PROBE_EVERY == 0:
-            self._probe(block)
-        self._run_rows += block.shape[0]
-        if self._run_rows >= _RUN_ROWS:
-            self._end_run()
+        for piece in block.split(_PIECE_ROWS):
+            self._add(piece)
+            # No entry of a Gram matrix is above the largest of its diagonal.
+            if not bool((self._sum.diagonal() <= torch.finfo(self.block_dtype).max).all()):
+                raise self._not_finite(piece)
+            self.rows += piece.shape[0]
 
     def spectrum(self) -> Spectrum:
         """The eigendecomposition of the sum, which it takes the memory of: call it once.
@@ -162,10 +123,8 @@ class GramAccumulator:
                 "an unembedding matrix needs at least as many rows (tokens) as columns (hidden "
                 f"size), got shape ({self.rows}, {self.d}); check that this is the output embedding"
             )
-        if self._run_rows > 0:
-            self._end_run()
-        gram, rounding = self._sum, self._rounding()
-        del self._sum, self._run, self._converted, self._piece
+        gram = self._sum
+        del self._sum, self._converted
         # Of the negated sum, the ascending order is the spectrum's descending one, and no d x d
         # matrix has to be turned around.
         eigenvalues, directions = _eigh(gram.neg_())
@@ -178,22 +137,54 @@ class GramAccumulator:
         return Spectrum(
             singular_values=squares.clamp(min=0.0).sqrt(),
             directions=_fix_signs(directions),
-            rounding=rounding,
+            rounding=self._rounding(directions),
         )
 
-    def _convert(self, block: Tensor) -> Tensor:
-        """The block in the arithmetic's dtype, in memory that is used again for each."""
-        if block.dtype == self.block_dtype:
-            return block.to(self.device)
-        if self._converted.shape[0] < block.shape[0]:
-            self._converted = self._converted.new_empty(block.shape)
-        return self._converted[: block.shape[0]].copy_(block)
+    def _rounding(self, directions: Tensor) -> Tensor | None:
+        if not self._errors:
+            return None
+        # |E v|^2 is the mean of (x E v)^2 over random signs x (Hutchinson). The errors of different
+        # pieces are independent, so their squares add up.
+        along = torch.cat(self._errors) @ directions.T
+        share = self.rows / self._measured_rows
+        return (along.square().sum(0) * (share / _PROBES)).sqrt()
 
-    def _probe(self, block: Tensor) -> None:
-        """Adds the exact action of the block's Gram matrix on the probes, in cached pieces."""
-        for part in block.to("cpu").split(_PIECE_ROWS):
-            rows = self._piece[: part.shape[0]].copy_(part)
-            self._action.addmm_(self._probes @ rows.T, rows)
+    def _add(self, piece: Tensor) -> None:
+        rows = piece.to(self.device) if piece.dtype == self.block_dtype else self._convert(piece)
+        measured = self.block_dtype == torch.float32 and self._pieces % _PROBE_EVERY == 0
+        self._pieces += 1
+        action = torch.zeros_like(self._probes)
+        if self.device.type == "cpu":
+            total, columns = self._sum.numpy(), rows.contiguous().numpy()
+            probes = self._probes.numpy() if measured else None
+            done = self._map(
+                lambda tile: _add_tile(total, columns, tile[0], tile[1], probes), self._tiles
+            )
+            for (i, j), shares in zip(self._tiles, done, strict=True):
+                for span, share in zip((j, i), shares, strict=False):
+                    action[:, span] += torch.from_numpy(share)
+        else:
+            product = rows.T @ rows
+            self._sum += product
+            if measured:
+                action = self._probes @ product.to("cpu", torch.float64)
+        if measured:
+            for exact in self._map(self._exact_action, piece.split(_PROBE_ROWS)):
+                action -= exact
+            self._errors.append(action)
+            self._measured_rows += piece.shape[0]
+
+    def _convert(self, piece: Tensor) -> Tensor:
+        """The piece in the arithmetic's dtype, in memory that is used again for each."""
+        converted = self._converted[: piece.shape[0]]
+        parts = zip(converted.split(_PROBE_ROWS), piece.split(_PROBE_ROWS), strict=True)
+        for _ in self._map(lambda pair: pair[0].copy_(pair[1]), parts):
+            pass
+        return converted
+
+    def _exact_action(self, rows: Tensor) -> Tensor:
+        exact = rows.to("cpu", torch.float64).numpy()
+        return torch.from_numpy((self._probes.numpy() @ exact.T) @ exact)
 
     def _not_finite(self, block: Tensor) -> UnembeddingError:
         bad = ~torch.isfinite(block.float() if block.dtype.itemsize < 4 else block).all(dim=1)
@@ -207,33 +198,6 @@ class GramAccumulator:
             "the squares of the unembedding matrix must fit its arithmetic, got an overflow of "
             f"{str(self.block_dtype).removeprefix('torch.')}; use precision='float64'"
         )
-
-    def _end_run(self) -> None:
-        if self._runs % _PROBE_EVERY == 0:
-            self._measured += 1
-            self._squared_error += self._squared_error_of(self._run)
-            self._action.zero_()
-        for first in range(0, self.d, _PIECE_ROWS):  # the lower triangle
-            last = first + _PIECE_ROWS
-            self._sum[first:last, :last] += self._run[first:last, :last]
-        self._run_rows = 0
-        self._runs += 1
-
-    def _squared_error_of(self, run: Tensor) -> float:
-        """|E|_F^2 of a run's error E: the mean of |x E|^2 over random signs x (Hutchinson)."""
-        action = torch.zeros_like(self._action)
-        for first in range(0, self.d, _PIECE_ROWS):  # the lower triangle stands for both
-            last = min(first + _PIECE_ROWS, self.d)
-            rows = run[first:last, :last].to("cpu", torch.float64).tril_(first)
-            action[:, :last].addmm_(self._probes[:, first:last], rows)
-            action[:, first:last].addmm_(self._probes[:, :last], rows.tril_(first - 1).T)
-        return float((action - self._action).square().sum()) / _PROBES
-
-    def _rounding(self) -> float:
-        if self._measured == 0:
-            return 0.0
-        # Errors of different runs are independent, so their squares add up.
-        return math.sqrt(self._squared_error * self._runs / self._measured) / self.d
 
 
 def spectrum_of(
@@ -251,22 +215,35 @@ def spectrum_of(
         d: Number of columns.
         band: The band that "auto" must get right.
         precision: "float64"; "float32" inside blocks; or "auto": float32, and float64 if the
-            measured rounding error would turn the band by more than `FLOAT32_TOLERANCE`.
+            measured rounding error would turn the band by more than `FLOAT32_TOLERANCE`, or any
+            prefix of it by more than `PREFIX_TOLERANCE`.
         device: Where the products are computed.
+
+    On the CPU the result is the same, bit for bit, for every number of threads; other fits wait, as
+    the BLAS of the whole process has one thread meanwhile. Float64 leaves an error of the Gram
+    matrix of at most about d eps s_0^2: a window whose edge has the gap g = |s_i^2 - s_j^2| is
+    right to a sine of d eps s_0^2 / g, and no arithmetic in float64 promises more.
+
+    Warns:
+        DegenerateEdgeWarning: If that exceeds `FLOAT32_TOLERANCE` at the edge of the given band.
 
     Raises:
         UnembeddingError: If the matrix is not finite, all zero, or has fewer rows than columns.
     """
     first = torch.float64 if precision == "float64" else torch.float32
-    with _one_torch_thread():
+    with _workers() as pool:
         try:
-            spectrum = _accumulate(blocks(), d, first, device)
-            if precision != "auto" or spectrum.subspace_error(band or Band()) <= FLOAT32_TOLERANCE:
-                return spectrum
+            spectrum = _accumulate(blocks(), d, first, device, pool)
+            enough = precision != "auto" or _is_enough(spectrum, band or Band())
         except PrecisionError:
             if precision != "auto":
                 raise
-        return _accumulate(blocks(), d, torch.float64, device)
+            enough = False
+        if not enough:
+            spectrum = _accumulate(blocks(), d, torch.float64, device, pool)
+    if band is not None:
+        _warn_of_degenerate_edge(spectrum, band)
+    return spectrum
 
 
 def spectrum_of_weight(weight: Tensor, *, rows_per_block: int = 8192) -> Spectrum:
@@ -282,39 +259,84 @@ def spectrum_of_weight(weight: Tensor, *, rows_per_block: int = 8192) -> Spectru
 
 
 def _accumulate(
-    blocks: Iterable[Tensor], d: int, dtype: torch.dtype, device: torch.device | str
+    blocks: Iterable[Tensor],
+    d: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    pool: ThreadPoolExecutor,
 ) -> Spectrum:
-    gram = GramAccumulator(d, block_dtype=dtype, device=device)
+    gram = GramAccumulator(d, block_dtype=dtype, device=device, pool=pool)
     for block in blocks:
         gram.update(block)
     return gram.spectrum()
 
 
+def _is_enough(spectrum: Spectrum, band: Band) -> bool:
+    errors = spectrum.prefix_errors(band)
+    return bool(errors[-1] <= FLOAT32_TOLERANCE and 3 * errors.max() <= PREFIX_TOLERANCE)
+
+
+def _warn_of_degenerate_edge(spectrum: Spectrum, band: Band) -> None:
+    gap = spectrum.edge_gap(band)
+    # What float64 sums and their eigenvectors can tell apart: an error of the Gram matrix of
+    # d eps s_0^2 (Weyl; Higham, "Accuracy and Stability", 3.5) turns the edge by that over the gap.
+    error = spectrum.d * torch.finfo(torch.float64).eps
+    if error > gap * FLOAT32_TOLERANCE:
+        warnings.warn(
+            f"the directions at the edge of the window {band} of {band.width(spectrum.d)} have "
+            f"(nearly) equal singular values, relative gap of their squares {gap:.1e}: which of "
+            "them are kept is arbitrary; choose another keep or band",
+            DegenerateEdgeWarning,
+            stacklevel=3,
+        )
+
+
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Leaves the cores to BLAS: torch's threads spin on them after each small step of their own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """As many workers as torch had threads; torch and BLAS have one thread meanwhile.
 
-
-def _add_gram(total: Tensor, block: Tensor, *, fresh: bool = False) -> None:
-    """Adds block^T block to the total, or puts it in its place.
-
-    On the CPU only the lower triangle, by BLAS syrk: half the work.
+    BLAS splits its sums by its number of threads, and its threads, like torch's, spin on the cores
+    between small steps: with another busy process beside it they were measured 40 times slower.
     """
-    beta = 0.0 if fresh else 1.0
-    if block.device.type != "cpu":
-        total.addmm_(block.T, block, beta=beta)
-        return
-    syrk = blas.ssyrk if block.dtype == torch.float32 else blas.dsyrk
-    # The transposes of C-ordered arrays are the Fortran-ordered ones that BLAS wants, uncopied;
-    # the upper triangle in Fortran order is the lower one in C order.
-    rows, sums = block.contiguous().numpy().T, total.numpy().T
-    syrk(1.0, rows, beta=beta, c=sums, lower=0, overwrite_c=1)
+    with _threads_lock, threadpool_limits(1, user_api="blas"):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads, thread_name_prefix="gram") as pool:
+                yield pool
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _spans(length: int, longest: int) -> list[slice]:
+    """Equal spans that cover a length, but for one."""
+    count = -(-length // longest)
+    edges = [length * i // count for i in range(count + 1)]
+    return [slice(*edge) for edge in pairwise(edges)]
+
+
+def _add_tile(
+    total: np.ndarray, rows: np.ndarray, i: slice, j: slice, probes: np.ndarray | None
+) -> list[np.ndarray]:
+    """Adds one tile of rows^T rows to the total; i >= j.
+
+    Returns:
+        With probes (p, d): their products with the tile, (p, width of j), and, off the diagonal,
+        with its mirror image, (p, width of i), float64.
+    """
+    with np.errstate(all="ignore"):  # what is not finite shows on the diagonal
+        tile = rows[:, i].T @ rows[:, j]
+        if i is j or probes is not None:
+            tile = tile.astype(np.float64, copy=False)
+        if i is j and rows.dtype == np.float32:
+            # Sums of squares only grow, so their errors lean to one side and add up over the
+            # pieces: 98% of |E|_F^2 of two language models lay here.
+            np.fill_diagonal(tile, np.square(rows[:, i], dtype=np.float64).sum(axis=0))
+        total[i, j] += tile
+        if probes is None:
+            return []
+        actions = [probes[:, i] @ tile]
+        return actions if i is j else [*actions, probes[:, j] @ tile.T]
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:

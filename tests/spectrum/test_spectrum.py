@@ -8,10 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from st_embfilter.errors import BandError, PrecisionError, UnembeddingError
+from st_embfilter.errors import (
+    BandError,
+    DegenerateEdgeWarning,
+    PrecisionError,
+    UnembeddingError,
+)
 from st_embfilter.spectrum.band import FAMILIES, Band
 from st_embfilter.spectrum.gram import (
     FLOAT32_TOLERANCE,
+    PREFIX_TOLERANCE,
     GramAccumulator,
     spectrum_of,
     spectrum_of_weight,
@@ -98,6 +104,103 @@ def test_auto_recomputes_in_float64_only_where_float32_is_not_enough() -> None:
     assert passes == 1
     assert run(torch.logspace(0, -3, 64)) == 0.0
     assert passes == 2
+
+
+def test_the_error_of_every_prefix_is_the_one_of_its_own_window() -> None:
+    d = 40
+    weight, _ = planted(3000, torch.logspace(1, -1, d), dtype=torch.float32)
+    fast = spectrum_of(lambda: weight.split(512), d, precision="float32")
+    assert fast.rounding is not None
+    squares, norms = fast.singular_values.square(), fast.rounding.square()
+    for band in [Band("bulk", 31), Band("offset", 20, offset=3), *FAMILY_BANDS]:
+        errors, order = fast.prefix_errors(band), band.indices(d)
+        assert len(errors) == len(order)
+        for m in range(1, len(order) + 1):
+            kept = torch.zeros(d, dtype=torch.bool)
+            kept[order[:m]] = True
+            pairs = norms[kept][:, None] * norms[~kept] / norms.sum()
+            gaps = squares[kept][:, None] - squares[~kept]
+            # Sums of positive terms: d additions, each right to eps.
+            expected = (pairs / gaps.square()).sum().sqrt()
+            assert torch.allclose(errors[m - 1], expected, rtol=d * d * 2e-16, atol=0)
+        assert fast.subspace_error(band) == errors[-1]
+
+
+def test_float32_turns_no_prefix_by_more_than_three_times_its_estimate() -> None:
+    # Not centred, as the heads of language models: one direction far above the others.
+    d, band = 96, Band("bulk", 1.0)
+    values = torch.cat([torch.tensor([40.0]), torch.linspace(2, 1, d - 1)])
+    weight, _ = planted(20_000, values, dtype=torch.bfloat16)
+    blocks = lambda: weight.split(8192)  # noqa: E731
+    exact = spectrum_of(blocks, d)
+    fast = spectrum_of(blocks, d, precision="float32")
+    rows = band.indices(d)
+    errors = fast.prefix_errors(band)
+    for m in range(1, d):
+        turned = sine(fast.directions[rows[:m]], exact.directions[rows[:m]])
+        assert 0 < turned <= 3 * errors[m - 1]
+
+
+def test_auto_looks_at_every_prefix() -> None:
+    passes = 0
+    # Both ends of the window of 32 stand apart; two neighbours inside it nearly tie.
+    d, band = 64, Band("bulk", 0.5)
+    values = gapped(d, band, ratio=0.5, gap=5e-2)
+    values[25] = values[26] * (1 + 1e-7)
+    weight, _ = planted(2000, values, dtype=torch.float32)
+
+    def blocks() -> tuple[torch.Tensor, ...]:
+        nonlocal passes
+        passes += 1
+        return weight.split(256)
+
+    fast = spectrum_of(blocks, d, band=band, precision="float32")
+    assert fast.subspace_error(band) <= FLOAT32_TOLERANCE
+    assert fast.prefix_errors(band).max() > PREFIX_TOLERANCE
+    passes = 0
+    assert spectrum_of(blocks, d, band=band, precision="auto").rounding is None
+    assert passes == 2
+
+
+@pytest.mark.parametrize("precision", ["auto", "float64"])
+@pytest.mark.parametrize("values", ["equal", "rank-deficient"])
+def test_a_degenerate_edge_is_told(values: str, precision: str) -> None:
+    d = 32
+    planted_values = torch.linspace(2, 1, d, dtype=torch.float64)
+    if values == "equal":
+        planted_values[7] = planted_values[8]
+    else:
+        planted_values[20:] = 0.0
+    weight, _ = planted(500, planted_values)
+
+    def run(band: Band) -> None:
+        spectrum_of(lambda: weight.split(128), d, band=band, precision=precision)
+
+    bad = Band("bulk", 16) if values == "equal" else Band("offset", 20, offset=4)
+    with pytest.warns(DegenerateEdgeWarning, match=r"window (bulk|offset:4) of .* relative gap"):
+        run(bad)
+    for good in (Band("bulk", 12), Band("dominant", 20), Band("bulk", 1.0)):
+        run(good)  # warnings are errors
+
+
+def test_bits_do_not_hang_on_the_number_of_workers() -> None:
+    weight, _ = planted(3000, torch.linspace(3, 1, 600), dtype=torch.float32)  # several tiles
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found += [
+                spectrum_of(lambda: weight.split(1500), 600, precision=precision)
+                for precision in ("float32", "float64")
+            ]
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for first, *others in (found[::2], found[1::2]):
+        for other in others:
+            assert torch.equal(first.directions, other.directions)
+            assert torch.equal(first.singular_values, other.singular_values)
 
 
 def test_blocks_and_their_size_do_not_matter() -> None:
