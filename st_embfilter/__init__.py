@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from st_embfilter.saved.load import load
     from st_embfilter.saved.push import push_to_hub
     from st_embfilter.spectrum.band import Band
-    from st_embfilter.spectrum.gram import Spectrum
+    from st_embfilter.spectrum.spectrum import Spectrum
 
 __all__ = [
     "Band",
@@ -58,7 +58,7 @@ _load = lazy_names(
         "EmbedFilterLayer": "model.layer",
         "MetaEOL": "model.prompts",
         "PromptEOL": "model.prompts",
-        "Spectrum": "spectrum.gram",
+        "Spectrum": "spectrum.spectrum",
         "add_filter": "model.attach",
         "build_filter": "model.build",
         "calibrate_filter": "model.calibrate",

@@ -22,7 +22,7 @@ from st_embfilter.unembedding.source import open_unembedding
 from st_embfilter.spectrum.band import Band
 
 demo, large, output, threads = sys.argv[1:]
-assert torch.get_num_threads() == int(threads)
+torch.set_num_threads(int(threads))  # above the number of cores it takes no environment's word
 model = st_embfilter.from_causal_lm(demo, device="cpu", show_progress_bar=False)
 st_embfilter.save_pretrained(model, f"{output}/demo")
 st_embfilter.build_filter(large, show_progress_bar=False).save_pretrained(f"{output}/large")

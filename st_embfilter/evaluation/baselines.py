@@ -18,7 +18,7 @@ from st_embfilter.errors import BandError, DataError
 from st_embfilter.evaluation.vectors import Vectors
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.spectrum.band import FAMILIES, Band
-from st_embfilter.spectrum.gram import Spectrum
+from st_embfilter.spectrum.spectrum import Spectrum
 
 #: What each method other than a band does to the raw vectors.
 METHODS: Final[dict[str, str]] = {

@@ -25,7 +25,7 @@ from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import EmbedFilterLayer, filter_of
 from st_embfilter.saved.load import load
 from st_embfilter.saved.results import Result
-from st_embfilter.spectrum.gram import Spectrum
+from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.unembedding.source import Source
 
 logger = logging.getLogger(__name__)

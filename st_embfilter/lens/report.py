@@ -32,7 +32,7 @@ from st_embfilter.model.layer import FEATURE, EmbedFilterLayer, filter_of
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.saved.load import load
 from st_embfilter.spectrum.band import Band
-from st_embfilter.spectrum.gram import Spectrum
+from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.text import first_line, template
 from st_embfilter.unembedding.matrix import Progress, Unembedding
 from st_embfilter.unembedding.source import Source

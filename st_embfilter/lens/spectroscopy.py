@@ -17,7 +17,7 @@ from torch import Tensor
 from st_embfilter.errors import ShapeError
 from st_embfilter.lens.counts import SMOOTHING, TokenCounts
 from st_embfilter.spectrum.band import Band
-from st_embfilter.spectrum.gram import Spectrum
+from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.unembedding.matrix import Unembedding
 
 

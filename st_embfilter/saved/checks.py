@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from st_embfilter.model.layer import EmbedFilterLayer
-from st_embfilter.spectrum.gram import Spectrum
+from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.spectrum.whitening import MAX_CONDITION
 
 #: float32 rounds every entry of a row by half of this, relative.
@@ -40,7 +40,7 @@ def turn_bounds(spectrum: Spectrum, indices: Tensor) -> Tensor:
         other that no computation tells their directions apart.
     """
     squares = spectrum.singular_values.square()
-    error = _LARGEST * spectrum.rounding + spectrum.d * 2.0**-53 * squares[0]
+    error = _LARGEST * spectrum.pair_errors(indices) + spectrum.d * 2.0**-53 * squares[0]
     bounds = error / (squares[indices][:, None] - squares[None, :]).abs()
     bounds = torch.where(bounds > _FIRST_ORDER, 1.0, bounds)
     bounds[torch.arange(len(indices)), indices] = 0.0
@@ -116,14 +116,14 @@ def check_directions(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool,
 def check_spectrum(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool | None, str]:
     """The stored singular values against those of W_U, all of them.
 
-    Their squares are eigenvalues, which an error E of the Gram matrix moves by |E| at most (Weyl);
-    a random E of root mean square r in each entry has the norm 2 r sqrt(d).
+    Their squares are eigenvalues, which an error E of the Gram matrix moves by |E| <= |E|_F at most
+    (Weyl).
     """
     stored = layer.singular_values
     if stored is None:
         return None, "none is stored; save the model anew with this package to store one"
     squares = spectrum.singular_values.square()
-    norm = 4 * spectrum.rounding * math.sqrt(spectrum.d) + spectrum.d * 2.0**-53 * squares[0]
+    norm = 2 * spectrum.gram_error + spectrum.d * 2.0**-53 * squares[0]
     error = (stored.cpu().square() - squares).abs()
     place = int(error.argmax())
     good = bool((error <= 2 * norm).all())

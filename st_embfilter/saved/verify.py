@@ -21,7 +21,7 @@ from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.saved import checks, layout
 from st_embfilter.saved.card import check_card, stated_base
 from st_embfilter.saved.load import load, read_saved
-from st_embfilter.spectrum.gram import Spectrum
+from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.spectrum.whitening import different_texts, texts_hash
 from st_embfilter.text import first_line, read_json, shown
 from st_embfilter.unembedding.matrix import Unembedding

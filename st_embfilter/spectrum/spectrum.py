@@ -34,6 +34,25 @@ class Spectrum:
         """Width of the hidden state."""
         return self.singular_values.shape[0]
 
+    @property
+    def gram_error(self) -> float:
+        """Measured Frobenius norm of the Gram matrix's error; 0.0 for float64 sums."""
+        return 0.0 if self.rounding is None else float(self.rounding.norm())
+
+    def pair_errors(self, indices: Tensor) -> Tensor:
+        """Root mean square of |v_i^T E v_j|, estimated; at least that of all entries of E.
+
+        Args:
+            indices: (k,) directions i.
+
+        Returns:
+            (k, d) float64, all zero for float64 sums.
+        """
+        if self.rounding is None or not self.gram_error:
+            return torch.zeros((len(indices), self.d), dtype=torch.float64)
+        pairs = self.rounding[indices][:, None] * self.rounding / self.gram_error
+        return pairs.clamp_(min=self.gram_error / self.d)
+
     def projection(self, band: Band) -> Tensor:
         """The filter's matrix: the kept directions as rows, in nested order.
 

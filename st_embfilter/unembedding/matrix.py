@@ -14,7 +14,8 @@ from torch import Tensor
 
 from st_embfilter.files.tensors import StoredTensor
 from st_embfilter.spectrum.band import Band
-from st_embfilter.spectrum.gram import Precision, Spectrum, spectrum_of
+from st_embfilter.spectrum.gram import Precision, spectrum_of
+from st_embfilter.spectrum.spectrum import Spectrum
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from st_embfilter.evaluation.tasks import RetrievalTask, STSTask, TaskInfo
 from st_embfilter.evaluation.vectors import Encoder, VectorStore, fingerprint
 from st_embfilter.saved.results import Result, read_results, results_frame, write_results
 from st_embfilter.spectrum.band import Band
-from st_embfilter.spectrum.gram import Spectrum
+from st_embfilter.spectrum.spectrum import Spectrum
 from tests.conftest import DEMO_LM, MakeLM
 
 DATA = Paraphrases.read(DEMO_TEXTS)
