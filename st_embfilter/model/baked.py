@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from st_embfilter.spectrum.band import Band
-from st_embfilter.spectrum.gram import Spectrum, spectrum_of
+from st_embfilter.spectrum.gram import spectrum_of
+from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.unembedding.residual import check_gain, rotated_columns
 
 #: Values of a matrix that are worked on at a time.
