@@ -4,10 +4,18 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-latest lint types wheel benchmark compat hardening coverage-full figures model-cards results calibration clean
+.PHONY: demo models test test-models test-latest lint types wheel benchmark compat hardening coverage-full figures model-cards results calibration clean
 
-demo: $(VENV)/.ready  ## set up, then filter the demo LM and show what changes
-	$(BIN)/st-embfilter demo
+LM ?= smollm2
+demo: $(VENV)/.ready  ## set up, fetch a real LM (93 MB), filter it and show what changes; LM=openstax is offline
+	$(BIN)/python -m examples.demo --lm $(LM)
+
+MODEL ?= smollm2
+models: $(VENV)/.ready  ## fetch a language model into the cache; MODEL=smollm2, qwen, gemma or all
+	$(BIN)/python -m examples.models $(MODEL)
+
+test-models: $(VENV)/.ready-dev  ## tests of the language models that `make models MODEL=all` fetched
+	$(BIN)/python -m pytest tests/test_models.py -rs
 
 test: $(VENV)/.ready-dev  ## set up, then run the tests
 	$(BIN)/python -m pytest -n auto
@@ -58,7 +66,7 @@ calibration: $(VENV)/.ready-dev  ## docs/calibration.md; DATA as for results, CO
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt -e .
+	$(PIP) install -c constraints.txt -e '.[gguf]'
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready

