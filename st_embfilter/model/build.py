@@ -114,7 +114,9 @@ def from_causal_lm(
     _check_plain(source)
     unembedding = source.unembedding()
     chosen.width(unembedding.d)  # a band that does not fit is an error before any download
+    wanted = source.norm
     source, dtype = readable(source, dtype, show_progress_bar=show_progress_bar)
+    source = replace(source, norm=wanted)
     unembedding = source.unembedding()  # of a GGUF file, in the dtype that is saved
     backbone = load_backbone(
         source,

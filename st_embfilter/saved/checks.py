@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from st_embfilter.errors import ShapeError
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.spectrum.whitening import MAX_CONDITION
@@ -45,6 +46,24 @@ def turn_bounds(spectrum: Spectrum, indices: Tensor) -> Tensor:
     bounds = torch.where(bounds > _FIRST_ORDER, 1.0, bounds)
     bounds[torch.arange(len(indices)), indices] = 0.0
     return bounds
+
+
+def unfolded(layer: EmbedFilterLayer, gain: Tensor) -> EmbedFilterLayer:
+    """A filter of a folded norm as one of the normed state before its gain.
+
+    Args:
+        layer: The filter.
+        gain: g, (d,), by which its rows are divided.
+
+    Raises:
+        ShapeError: If the widths differ.
+    """
+    if tuple(gain.shape) != (layer.in_features,):
+        raise ShapeError(
+            f"the norm of the model must have {layer.in_features} gains, got {tuple(gain.shape)}"
+        )
+    rows = layer.projection.detach().to("cpu", torch.float64) * gain
+    return EmbedFilterLayer(rows, layer.metadata, layer.singular_values, layer.linear.bias)
 
 
 def check_rows(layer: EmbedFilterLayer) -> tuple[bool, str]:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from transformers import AutoModel
 
 from st_embfilter.errors import EmbedFilterError, FormatError, HubError
@@ -123,7 +124,10 @@ class _Job:
         yield Check("files", True, form)
         metadata = layer.metadata
         yield Check("window", True, f"{metadata.band} band, {metadata.k} of {metadata.d}")
-        yield _attempt("rows", lambda: checks.check_rows(layer))
+        if metadata.norm is None:
+            yield _attempt("rows", lambda: checks.check_rows(layer))
+        else:  # what they are divided by is in the model
+            self.source = replace(self.source, norm=metadata.norm)
         if self.source.is_folder:
             yield _attempt("links", self._links)
         if not alone:
@@ -141,6 +145,10 @@ class _Job:
         except EmbedFilterError as error:
             yield Check("unembedding", False, str(error))
             return
+        saved, gain = layer, unembedding.gain
+        if gain is not None:
+            layer = checks.unfolded(saved, gain)
+            yield _attempt("rows", lambda: checks.check_rows(layer))
         if not alone:
             yield _attempt("backbone", lambda: self._backbone(unembedding))
         made_from = layer.metadata.provenance
@@ -167,7 +175,7 @@ class _Job:
         if self.rebuild:
             yield _attempt("rebuild", lambda: checks.check_prefixes(spectrum, layer))
         if layer.metadata.calibration is not None:
-            yield _attempt("calibration", lambda: self._calibration(spectrum, layer, alone))
+            yield _attempt("calibration", lambda: self._calibration(spectrum, saved, gain, alone))
 
     def _links(self) -> tuple[bool, str]:
         found = links_out(Path(self.source.name))
@@ -258,7 +266,7 @@ class _Job:
         return True, "every tensor is there and finite"
 
     def _calibration(
-        self, spectrum: Spectrum, layer: EmbedFilterLayer, alone: bool
+        self, spectrum: Spectrum, layer: EmbedFilterLayer, gain: Tensor | None, alone: bool
     ) -> tuple[bool | None, str]:
         record = layer.metadata.calibration
         if record is None or not self.rebuild:
@@ -287,8 +295,10 @@ class _Job:
                 return None, "the texts given are not those that it was made with"
             return None, "sampling gives other texts with these library versions or this machine"
         model = load(self.source.name, trust_remote_code=bool(self.code), device="cpu")
+        projection = spectrum.projection(layer.metadata.band)
         bare = EmbedFilterLayer(
-            spectrum.projection(layer.metadata.band), replace(layer.metadata, calibration=None)
+            projection if gain is None else projection / gain,
+            replace(layer.metadata, calibration=None),
         )
         modules = [bare if isinstance(m, EmbedFilterLayer) else m for m in model.children()]
         again = calibrate_filter(

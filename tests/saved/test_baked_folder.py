@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -14,7 +15,9 @@ import st_embfilter
 from st_embfilter.cli import app
 from st_embfilter.errors import FormatError, OutputError, UnembeddingError
 from st_embfilter.saved.baked_folder import bakeable, export_folder
+from st_embfilter.saved.verify import verify
 from st_embfilter.unembedding.source import Source
+from tests import gguf_files
 from tests.conftest import TEXTS, MakeLM
 from tests.saved.test_gguf_out import random_lm, value_of, write_gguf
 
@@ -169,3 +172,34 @@ def test_options_that_do_not_fit(arguments: tuple[str, ...], message: str) -> No
     told = cli("export", "somewhere", *arguments).replace("│ ", "").replace(" │", "")
     assert told.startswith("2:")
     assert message in told
+
+
+def test_verify_takes_the_gain_from_the_model(make_lm: MakeLM) -> None:
+    _, folder = filtered(make_lm)
+    checks = verify(folder, rebuild=True, show_progress_bar=False)
+    assert {check.passed for check in checks} == {True}
+    assert "rows" in {check.name for check in checks}
+    # With another gain the rows are not orthonormal.
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("norm.weight") and "layers" not in name)
+    weights[name] = weights[name].flip(0)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    found = {check.name: check.passed for check in verify(folder, show_progress_bar=False)}
+    assert found["rows"] is False
+
+
+def test_a_gguf_model_is_filtered_with_its_gain(tmp_path: Path) -> None:
+    model = random_lm("llama", tied=True)
+    write_gguf(tmp_path / "in.gguf", model)
+    layer = st_embfilter.build_filter(tmp_path / "in.gguf", norm="folded", show_progress_bar=False)
+    model.save_pretrained(tmp_path / "same")
+    expected = st_embfilter.build_filter(tmp_path / "same", norm="folded", show_progress_bar=False)
+    assert torch.allclose(layer.projection, expected.projection, rtol=0, atol=1e-5)
+
+
+def test_from_causal_lm_folds_the_norm_of_a_gguf_file(tmp_path: Path) -> None:
+    gguf_files.write_gguf(tmp_path / "lm.gguf", gguf_files.tiny_model())
+    model = st_embfilter.from_causal_lm(
+        tmp_path / "lm.gguf", norm="folded", device="cpu", show_progress_bar=False
+    )
+    assert model[2].metadata.norm == "folded"
