@@ -104,12 +104,47 @@ class Vectors:
         return self.vectors[[self.places[text] for text in texts]]
 
 
+def comparison(
+    found: dict[str, Any], expected: np.ndarray, tokens: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Embeddings and tokens of llama.cpp against those of the torch model."""
+    vectors = np.array(found["embed"][: len(expected)])
+    entry = {"cosine min": float(cosines(vectors, expected).min())}
+    for ratio in (2, 4, 8):
+        k = expected.shape[1] // ratio
+        entry[f"cosine min, first {k}"] = float(cosines(vectors[:, :k], expected[:, :k]).min())
+    pairs = zip(tokens, found["tokens"], strict=False)
+    entry["texts with other tokens"] = sum(list(a) != b for a, b in pairs)
+    return entry
+
+
+def language(found: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """What the language model writes and how likely it finds a text, before and after."""
+    pieces = list(zip(found["continue"], before["continue"], strict=True))
+    return {
+        "perplexity before": perplexity(before),
+        "perplexity": perplexity(found),
+        "same 40 tokens": [a["tokens"] == b["tokens"] for a, b in pieces],
+        "text": [a["text"] for a, _ in pieces],
+    }
+
+
+def sts_scores(task: STSTask, pairs: list[str], *vectors: np.ndarray) -> dict[str, list[float]]:
+    """Scores of every width, ours first."""
+    widths = [vectors[0].shape[1] // ratio for ratio in (1, 2, 4, 8)]
+    return {
+        f"STS at {k}, ours and llama.cpp": [
+            100 * task.run(Vectors(pairs, one[:, :k])).score for one in vectors
+        ]
+        for k in widths
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--reference", required=True)
     parser.add_argument("--node", type=Path, required=True)
-    parser.add_argument("--baked", type=Path, help="folder that keeps the baked files")
     parser.add_argument("--sts", type=Path, help="pairs to compare scores on")
     parser.add_argument("--kinds", default=",".join(KINDS))
     given = parser.parse_args()
@@ -117,18 +152,10 @@ def main() -> None:
     texts = fifty_texts()
     task = None if given.sts is None else STSTask.read(given.sts)
     pairs = [] if task is None else sorted({text for pair in task.pairs for text in pair[:2]})
-    prose = [PROSE.read_text(encoding="utf-8")]
-    original = llama.run(given.model, **{"continue": PROMPTS}, score=prose)
-    report: dict[str, Any] = {"model": given.model.name, "llama.cpp": original["release"]}
-    report["perplexity of the given file"] = perplexity(original)
+    prose = {"continue": PROMPTS, "score": [PROSE.read_text(encoding="utf-8")]}
+    report: dict[str, Any] = {"model": given.model.name}
     with tempfile.TemporaryDirectory() as place:
-        folder = given.baked or Path(place)
-        before = {}
-        for kind in given.kinds.split(","):
-            plain = folder / f"{given.model.stem}-{kind}.gguf"
-            unbaked(given.model, plain, kind)
-            before[kind] = llama.run(plain, **{"continue": PROMPTS}, score=prose)
-            plain.unlink()
+        file = Path(place) / "model.gguf"
         for pooling in ("mean", "lasttoken"):
             ours = st_embfilter.from_causal_lm(
                 given.reference,
@@ -139,45 +166,24 @@ def main() -> None:
                 dtype="float32",
                 show_progress_bar=False,
             )
-            expected = ours.encode(texts)
-            with_pairs = pairs and pooling == "mean"
-            expected_pairs = ours.encode(pairs) if with_pairs else None
+            mean = pooling == "mean"
+            asked = texts + (pairs if mean else [])
+            expected = ours.encode(asked)
+            tokens = [ours.tokenizer(text)["input_ids"] for text in texts]
             for kind in given.kinds.split(","):
-                file = folder / f"{given.model.stem}-{pooling}-{kind}.gguf"
-                if not file.exists():
-                    export_gguf(given.model, file, pooling=pooling, kind=kind)
-                asked: dict[str, Any] = {"embed": texts + (pairs if with_pairs else [])}
-                if pooling == "mean":
-                    asked |= {"continue": PROMPTS, "score": prose}
-                result = llama.run(file, **asked)
-                found = np.array(result["embed"][:50])
-                same = cosines(found, expected)
-                entry = {"cosine min": float(same.min()), "MB": file.stat().st_size / 1e6}
-                for ratio in (2, 4, 8):
-                    k = expected.shape[1] // ratio
-                    least = float(cosines(found[:, :k], expected[:, :k]).min())
-                    entry[f"cosine min, first {k}"] = least
-                tokens = [ours.tokenizer(text)["input_ids"] for text in texts]
-                entry["texts with other tokens"] = sum(
-                    a != b for a, b in zip(tokens, result["tokens"][:50], strict=True)
-                )
-                if pooling == "mean":
-                    entry["perplexity before"] = perplexity(before[kind])
-                    entry["perplexity"] = perplexity(result)
-                    pieces = list(zip(result["continue"], before[kind]["continue"], strict=True))
-                    entry["same 40 tokens"] = [a["tokens"] == b["tokens"] for a, b in pieces]
-                    entry["text"] = [a["text"] for a, _ in pieces]
-                if task is not None and expected_pairs is not None:
-                    theirs = np.array(result["embed"][50:])
-                    for ratio in (1, 2, 4, 8):
-                        k = expected.shape[1] // ratio
-                        scores = [
-                            100 * task.run(Vectors(pairs, vectors[:, :k])).score
-                            for vectors in (expected_pairs, theirs)
-                        ]
-                        entry[f"STS at {k}, ours and llama.cpp"] = scores
+                unbaked(given.model, file, kind)
+                before = llama.run(file, **prose) if mean else {}
+                export_gguf(given.model, file, pooling=pooling, kind=kind, overwrite=True)
+                found = llama.run(file, embed=asked, **(prose if mean else {}))
+                entry = comparison(found, expected[: len(texts)], tokens)
+                entry["MB"] = file.stat().st_size / 1e6
+                if mean:
+                    entry |= language(found, before)
+                if mean and task is not None:
+                    theirs = np.array(found["embed"][len(texts) :])
+                    entry |= sts_scores(task, pairs, expected[len(texts) :], theirs)
+                report["llama.cpp"] = found["release"]
                 report[f"{pooling} {kind}"] = entry
-                print(json.dumps({f"{pooling} {kind}": entry}), flush=True)
     print(json.dumps(report, indent=1))
 
 
