@@ -377,8 +377,12 @@ def check_reads_hidden_state(
     check(float(rising.min()) >= -1e-4 * float(logits.abs().max()), "logits rise with W_U h")
 
 
-def run_all(seconds: float = 120) -> list[Outcome]:
-    """Every architecture, in processes of their own: one that hangs or crashes ends only itself."""
+def run_all(seconds: float = 1800) -> list[Outcome]:
+    """Every architecture, in processes of their own: one that hangs or crashes ends only itself.
+
+    Args:
+        seconds: When an answer is given up; a guard against a hang, however slow the machine.
+    """
     waiting = list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     outcomes: list[Outcome] = []
     while waiting:

@@ -276,7 +276,7 @@ def test_the_page_in_a_browser(report: LensReport, tmp_path: Path) -> None:
         f"--screenshot={tmp_path / 'page.png'}",
         file.as_uri(),
     ]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True)
     from matplotlib.image import imread
 
     pixels = imread(tmp_path / "page.png")[..., :3]

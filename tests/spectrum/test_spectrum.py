@@ -42,14 +42,37 @@ def gapped(d: int, band: Band, ratio: float = 0.9, gap: float = 2e-3) -> torch.T
     return values
 
 
+def blur(values: torch.Tensor) -> float:
+    """d eps s_0^2 / gap: how far float64 may turn one direction of two that have these values.
+
+    Of the Gram matrix, whose error is at most d eps |W|^2, by first-order perturbation.
+    """
+    squares = values.double().square()
+    gap = float((squares[:-1] - squares[1:]).min())
+    return len(values) * torch.finfo(torch.float64).eps * float(squares[0]) / gap
+
+
+def turn(values: torch.Tensor, band: Band) -> float:
+    """The largest sine between a projection and an exact subspace, from dtypes and gaps alone."""
+    d, kept = len(values), torch.zeros(len(values), dtype=torch.bool)
+    kept[band.indices(d)] = True
+    squares = values.double().square()
+    gap = float((squares[:-1] - squares[1:])[kept[:-1] != kept[1:]].min())
+    float64 = d * torch.finfo(torch.float64).eps * float(squares[0]) / gap
+    # Rounding to float32 moves each of k unit rows by 2^-24 at most; both sides have the first.
+    return 2 * float64 + band.width(d) ** 0.5 * 2.0**-24
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_subspace_of_a_planted_spectrum(dtype: torch.dtype) -> None:
     d, band = 64, Band("bulk", 0.5)
     weight, _ = planted(1000, gapped(d, band), dtype=dtype)
     exact = torch.linalg.svd(weight.double(), full_matrices=False)
     spectrum = spectrum_of_weight(weight, rows_per_block=96)
-    assert torch.allclose(spectrum.singular_values, exact.S, rtol=1e-12)
-    assert sine(spectrum.projection(band), exact.Vh[16:48]) <= 1e-6
+    # An eigenvalue s^2 moves by d eps s_0^2 at most (Weyl), so s by half of that over s.
+    relative = d * torch.finfo(torch.float64).eps * float(exact.S[0] / exact.S[-1]) ** 2
+    assert torch.allclose(spectrum.singular_values, exact.S, rtol=relative)
+    assert sine(spectrum.projection(band), exact.Vh[16:48]) <= turn(exact.S, band)
 
 
 def test_subspace_of_the_demo_lm() -> None:
@@ -59,7 +82,7 @@ def test_subspace_of_the_demo_lm() -> None:
     for keep in (0.5, 0.25, 0.125):
         band = Band("bulk", keep)
         start, k = band.start(256), band.width(256)
-        assert sine(spectrum.projection(band), exact.Vh[start : start + k]) <= 1e-6
+        assert sine(spectrum.projection(band), exact.Vh[start : start + k]) <= turn(exact.S, band)
 
 
 @pytest.mark.parametrize("precision", ["auto", "float64"])
@@ -69,7 +92,8 @@ def test_bfloat16_with_condition_number_1e4(precision: str) -> None:
     weight, _ = planted(4000, values, dtype=torch.bfloat16)
     exact = torch.linalg.svd(weight.double(), full_matrices=False)
     spectrum = spectrum_of(lambda: weight.split(500), d, band=band, precision=precision)
-    assert sine(spectrum.projection(band), exact.Vh[32:96]) <= 1e-4
+    limit = FLOAT32_TOLERANCE if precision == "auto" else turn(exact.S, band)
+    assert sine(spectrum.projection(band), exact.Vh[32:96]) <= limit
 
 
 def test_float32_error_estimate_bounds_the_true_error() -> None:
@@ -79,7 +103,8 @@ def test_float32_error_estimate_bounds_the_true_error() -> None:
     fast = spectrum_of(blocks, d, band=band, precision="float32")
     exact = spectrum_of(blocks, d, band=band, precision="float64")
     error = sine(fast.projection(band), exact.projection(band))
-    assert 0 < error <= fast.subspace_error(band) <= 30 * error
+    # A Frobenius norm is at most sqrt(k) times the largest sine, which is one draw: see its class.
+    assert 0 < error <= fast.subspace_error(band) <= 3 * 64**0.5 * error
     assert exact.subspace_error(band) == 0.0
 
 
@@ -208,18 +233,22 @@ def test_blocks_and_their_size_do_not_matter() -> None:
     weight, _ = planted(777, torch.linspace(3, 1, 32))
     whole = spectrum_of_weight(weight, rows_per_block=10_000)
     parts = spectrum_of_weight(weight, rows_per_block=10)
-    assert torch.allclose(whole.directions, parts.directions, atol=1e-10)
+    assert torch.allclose(
+        whole.directions, parts.directions, atol=2 * blur(torch.linspace(3, 1, 32))
+    )
 
 
 def test_directions_are_orthonormal_and_signed_by_rule() -> None:
     weight, true = planted(500, torch.linspace(3, 1, 24))
     spectrum = spectrum_of_weight(weight)
     eye = torch.eye(24, dtype=torch.float64)
-    assert torch.allclose(spectrum.directions @ spectrum.directions.T, eye, atol=1e-12)
+    # LAPACK's eigenvectors are orthonormal to a modest multiple of d eps.
+    eps = 24 * torch.finfo(torch.float64).eps
+    assert torch.allclose(spectrum.directions @ spectrum.directions.T, eye, atol=10 * eps)
     largest = spectrum.directions.abs().argmax(dim=1, keepdim=True)
     assert (spectrum.directions.gather(1, largest) > 0).all()
     flipped = spectrum_of_weight(-weight)
-    assert torch.allclose(spectrum.directions, flipped.directions, atol=1e-10)
+    assert torch.equal(spectrum.directions, flipped.directions)  # the products are the same
     assert torch.allclose((spectrum.directions * true).sum(1).abs(), torch.ones(24).double())
 
 
@@ -231,7 +260,7 @@ def test_signs_do_not_hang_on_the_last_bits_of_tied_entries() -> None:
     weight = torch.diag(torch.linspace(4, 1, 16, dtype=torch.float64)) @ h / 4
     first = spectrum_of_weight(weight).directions
     second = spectrum_of_weight(weight.flip(0)).directions
-    assert torch.allclose(first, second, atol=1e-10)
+    assert torch.allclose(first, second, atol=2 * blur(torch.linspace(4, 1, 16)))
 
 
 @pytest.mark.parametrize(
