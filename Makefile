@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-latest lint types wheel benchmark compat hardening coverage-full figures model-cards results calibration clean
+.PHONY: demo test test-latest lint types wheel benchmark compat hardening coverage-full figures model-cards results depth calibration clean
 
 demo: $(VENV)/.ready  ## set up, then filter the demo LM and show what changes
 	$(BIN)/st-embfilter demo
@@ -52,6 +52,9 @@ model-cards: $(VENV)/.ready  ## render model_cards/
 results: $(VENV)/.ready-dev  ## docs/results-demo-lm.md; needs DATA=folder, see benchmarks/results.py
 	@test -n "$(DATA)" || { echo "give the data: make results DATA=folder"; exit 2; }
 	$(BIN)/python benchmarks/results.py $(DATA)
+
+depth: $(VENV)/.ready-dev  ## docs/depth.md; DATA as for results, MODELS="NAME=FOLDER ..."
+	$(BIN)/python benchmarks/depth.py $(DATA) $(foreach model,$(MODELS),--model $(model))
 
 calibration: $(VENV)/.ready-dev  ## docs/calibration.md; DATA as for results, CORPUS one text a line
 	$(BIN)/python -m benchmarks.calibration $(DATA) $(if $(CORPUS),--corpus $(CORPUS))

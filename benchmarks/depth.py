@@ -14,10 +14,10 @@ measured in docs/depth.jsonl. Without a model it writes the page from those.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,6 +38,7 @@ from st_embfilter.evaluation.tasks import (
     TaskInfo,
 )
 from st_embfilter.evaluation.vectors import Encoder, Vectors, text_key
+from st_embfilter.lens.figures import new_figure, save_figure
 from st_embfilter.model.backbone import backbone_model
 from st_embfilter.model.depth import block_stack
 from st_embfilter.saved.results import Result, read_results, write_results
@@ -53,6 +54,19 @@ CONFIGURATIONS = [Configuration("bulk", keep) for keep in KEEPS]
 
 #: Longest text in tokens; SciFact's abstracts are cut, to encode 5,183 of them in an hour.
 LENGTHS = {"SciFact": 128}
+
+TITLES = {"plain": "Mean pooling of the plain text", "prompteol": "PromptEOL", "echo": "ECHO"}
+
+PAGE_HEAD = """# Depth
+
+Written by `benchmarks/depth.py`; rows with their intervals are in `depth.jsonl`. Each cell is the
+score x 100 of the model cut to that many blocks, then its final norm: raw / keep 3/4 / 1/2 / 1/4
+(`bulk`). Paraphrases: nDCG@10 of the project's demo texts, which avoid each other's words;
+STSBenchmark: Spearman, test pairs; Banking77: accuracy, one draw of 8 examples a class, 20 test
+texts a class; StackOverflow: v-measure, 3 samples of 3,000 of 3,000 titles, 150 a class; SciFact:
+nDCG@10. What is not in a table has not been measured. The models are dequantised GGUF files. In the
+figures lines are keep 3/4 and dashes are raw.
+"""
 
 T = TypeVar("T")
 
@@ -197,6 +211,7 @@ def measure(
                 cache=cache,
                 show_progress_bar=False,
             )
+            if math.isfinite(row.score)  # PromptEOL's last token says nothing before any block
         ]
         print(f"{name} {recipe} {task.info.name}: {len(rows)} rows", flush=True)
         yield rows
@@ -230,8 +245,66 @@ def main() -> None:
     write_page(rows)
 
 
+def shown(rows: Sequence[Result]) -> str:
+    """Raw and the filter at each width, x 100."""
+    by_width = {(row.configuration, row.dims): 100 * row.score for row in rows}
+    order = sorted(by_width, key=lambda key: (key[0] != "raw", -key[1]))
+    return " / ".join(f"{by_width[key]:.1f}" for key in order)
+
+
+def curves(rows: Sequence[Result], recipe: str | None, file: Path) -> None:
+    """Score against relative depth, one panel for each task; dashed without the filter."""
+    tasks = list(dict.fromkeys(row.task for row in rows if row.prompt == recipe))
+    models = list(dict.fromkeys(row.model for row in rows if row.prompt == recipe))
+    figure, panels = new_figure(3.2 * len(tasks), 3.2, panels=len(tasks))
+    for axes, task in zip(panels, tasks, strict=True):
+        axes.set_title(task, fontsize=9)
+        axes.set_xlabel("part of the blocks")
+        for number, model in enumerate(models):
+            here = [
+                row for row in rows if (row.task, row.model, row.prompt) == (task, model, recipe)
+            ]
+            total = max((row.layers or 0 for row in here), default=1)
+            for raw in (True, False):
+                points = sorted(
+                    (row.layers or 0, 100 * row.score)
+                    for row in here
+                    if (row.configuration == "raw") is raw
+                    and (raw or 4 * row.dims == 3 * row.full_dims)
+                )
+                axes.plot(
+                    [x / total for x, _ in points],
+                    [y for _, y in points],
+                    color=f"C{number}",
+                    linestyle="--" if raw else "-",
+                    label=None if raw else model,
+                )
+    panels[0].set_ylabel("score x 100")
+    panels[0].legend(fontsize=7)
+    save_figure(figure, file)
+
+
 def write_page(rows: Sequence[Result]) -> None:
-    print(version("st-embfilter"), len(rows))
+    groups = list(dict.fromkeys((row.model, row.prompt) for row in rows))
+    lines = [PAGE_HEAD]
+    for recipe in dict.fromkeys(prompt for _, prompt in groups):
+        name = recipe or "plain"
+        figure = DOCS / "figures" / f"depth-{name}.png"
+        curves(rows, recipe, figure)
+        lines += [f"## {TITLES[name]}", "", f"![Score against depth](figures/{figure.name})", ""]
+        for model in [m for m, prompt in groups if prompt == recipe]:
+            here = [row for row in rows if (row.model, row.prompt) == (model, recipe)]
+            tasks = list(dict.fromkeys(row.task for row in here))
+            lines += [f"### {model}", "", f"| blocks | {' | '.join(tasks)} |"]
+            lines += ["|-:|" + "-|" * len(tasks)]
+            for layers in sorted({row.layers or 0 for row in here}, reverse=True):
+                cells = [
+                    shown([row for row in here if (row.layers, row.task) == (layers, task)])
+                    for task in tasks
+                ]
+                lines.append(f"| {layers} | {' | '.join(cells)} |")
+            lines.append("")
+    (DOCS / "depth.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
