@@ -186,6 +186,7 @@ def read(file: Path) -> Vectors | None:
 def write(file: Path, vectors: Vectors) -> None:
     """Stores vectors; the file appears complete or not at all."""
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as stream:
             try:
                 np.save(stream, vectors)
