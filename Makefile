@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo models test test-models test-latest lint types wheel benchmark compat hardening coverage-full figures model-cards results calibration clean
+.PHONY: demo models test test-models test-latest lint types wheel benchmark compat hardening coverage-full figures model-cards results depth calibration clean
 
 LM ?= smollm2
 demo: $(VENV)/.ready  ## set up, fetch a real LM (93 MB), filter it and show what changes; LM=openstax is offline
@@ -60,6 +60,9 @@ model-cards: $(VENV)/.ready  ## render model_cards/
 results: $(VENV)/.ready-dev  ## docs/results-demo-lm.md; needs DATA=folder, see benchmarks/results.py
 	@test -n "$(DATA)" || { echo "give the data: make results DATA=folder"; exit 2; }
 	$(BIN)/python benchmarks/results.py $(DATA)
+
+depth: $(VENV)/.ready-dev  ## docs/depth.md; DATA as for results, MODELS="NAME=FOLDER ..."
+	$(BIN)/python benchmarks/depth.py $(DATA) $(foreach model,$(MODELS),--model $(model))
 
 calibration: $(VENV)/.ready-dev  ## docs/calibration.md; DATA as for results, CORPUS one text a line
 	$(BIN)/python -m benchmarks.calibration $(DATA) $(if $(CORPUS),--corpus $(CORPUS))

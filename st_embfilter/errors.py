@@ -27,6 +27,10 @@ class BackboneError(EmbedFilterError, ValueError):
     """A model cannot be loaded as a text backbone."""
 
 
+class DepthError(EmbedFilterError, ValueError):
+    """A model cannot be cut to these layers."""
+
+
 class ShapeError(EmbedFilterError, ValueError):
     """A width does not fit: filter against embedding, or filter against model."""
 

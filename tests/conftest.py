@@ -134,6 +134,14 @@ TINY = {
         "num_key_value_heads": 2,
         "head_dim": 8,
     },
+    "gemma3_text": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    },
     "qwen2": {
         "hidden_size": 32,
         "intermediate_size": 48,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from st_embfilter.model.layer import EmbedFilterLayer
+    from st_embfilter.model.metadata import FilterMetadata
 
 #: Set to anything, it shows where a failure that nobody foresaw came from.
 TRACEBACK: Final = "ST_EMBFILTER_TRACEBACK"
@@ -131,6 +132,20 @@ def check_device(name: str | None) -> str | None:
     return name
 
 
+def parse_layers(text: str) -> float | int:
+    """A number of blocks ("6", "0") or a ratio of them ("1/3")."""
+    try:
+        return parse_keep(text)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(
+            f"layers must be a number of blocks like 6, or a ratio like 1/3, got {text!r}"
+        ) from error
+
+
+Layers = typer.Option(
+    "--layers",
+    help="Blocks of the model that are used (6, or 1/3 of them; 0: token embeddings alone).",
+)
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")]
 Keep = Annotated[
     str,
@@ -164,12 +179,14 @@ def text_lines(file: str | Path, option: str) -> list[str]:
         ) from error
 
 
-def describe(layer: EmbedFilterLayer) -> str:
+def describe(layer: EmbedFilterLayer | FilterMetadata) -> str:
     """One line about a filter."""
-    metadata = layer.metadata
+    metadata = getattr(layer, "metadata", layer)
     start = metadata.band.start(metadata.d)
     window = "" if start is None else f", directions {start} to {start + metadata.k - 1}"
-    return f"{metadata.band} band, {metadata.k} of {metadata.d} dimensions{window}"
+    depth = metadata.depth
+    blocks = "" if depth is None else f", {depth.layers} of {depth.of} blocks"
+    return f"{metadata.band} band, {metadata.k} of {metadata.d} dimensions{window}{blocks}"
 
 
 def escape(text: str) -> str:

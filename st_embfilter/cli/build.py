@@ -10,6 +10,7 @@ import typer
 from st_embfilter.cli.app import (
     BandName,
     Keep,
+    Layers,
     Model,
     Quiet,
     RemoteCode,
@@ -18,6 +19,7 @@ from st_embfilter.cli.app import (
     describe,
     out,
     parse_keep,
+    parse_layers,
     quiet_libraries,
     text_lines,
 )
@@ -39,6 +41,8 @@ def build(
         str | None, typer.Option(help="portable or exact, of prompteol and templates.")
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="mean, lasttoken, ...")] = None,
+    layers: Annotated[str | None, Layers] = None,
+    token_weights: Annotated[str | None, typer.Option(help="With --layers 0: zipf or sif.")] = None,
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Embeddings of unit length.")
     ] = False,
@@ -89,16 +93,19 @@ def build(
     A prompt of echo or metaeol needs code of its own, which goes into the folder.
     """
     width = parse_keep(keep)
+    depth = None if layers is None else parse_layers(layers)
     quiet_libraries(model, quiet)
     from st_embfilter.files.staging import check_target
     from st_embfilter.model.build import build_filter, from_causal_lm
     from st_embfilter.model.layer import filter_of
+    from st_embfilter.model.static import static_metadata
     from st_embfilter.saved.folder import save_pretrained
 
     of_models = {
         "--prompt": prompt,
         "--prompt-encoding": prompt_encoding,
         "--pooling": pooling,
+        "--layers": layers,
         "--normalize": normalize or None,
         "--calibrate": calibrate,
     }
@@ -127,6 +134,8 @@ def build(
         prompt_encoding=prompt_encoding,  # type: ignore[arg-type] # checked there
         keep=width,
         band=band,
+        layers=depth,
+        token_weights=token_weights,
         pooling=pooling,
         normalize=normalize,
         calibrate=calibrate
@@ -144,6 +153,6 @@ def build(
         show_progress_bar=not quiet,
     )
     save_pretrained(filtered, output, overwrite=overwrite)
-    layer = filter_of(filtered)
+    layer = filter_of(filtered) or static_metadata(filtered)
     if layer is not None:
         out.print(f"{describe(layer)}\nSaved to {output}", highlight=False)

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from st_embfilter.cli.app import Quiet, RemoteCode, app, escape, out, parse_keep, quiet_libraries
+from st_embfilter.cli.app import (
+    Layers,
+    Quiet,
+    RemoteCode,
+    app,
+    escape,
+    out,
+    parse_keep,
+    parse_layers,
+    quiet_libraries,
+)
 from st_embfilter.text import visible
 
 if TYPE_CHECKING:
@@ -40,12 +50,8 @@ def lens(
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="For a causal LM: prompt recipe.")] = None,
-    layer: Annotated[
-        int | None,
-        typer.Option(
-            help="Read this layer's states, 0 for the embeddings; the output if not given."
-        ),
-    ] = None,
+    layers: Annotated[str | None, Layers] = None,
+    layer: Annotated[str | None, typer.Option(hidden=True)] = None,
     top_k: Annotated[int, typer.Option(help="Tokens of each text.", min=1)] = 5,
     corpus: Annotated[
         str | None,
@@ -77,6 +83,8 @@ def lens(
     how evenly the embeddings fill their space.
     """
     width = None if keep is None else parse_keep(keep)
+    asked = layers or layer
+    depth = None if asked is None else parse_layers(asked)
     quiet_libraries(model, quiet)
     from dataclasses import replace
 
@@ -106,7 +114,7 @@ def lens(
         unembedding,
         texts or SHOWN_TEXTS,
         name=_name(model),
-        layer=layer,
+        layers=depth,
         top_k=top_k,
         show_progress_bar=False,
     )
@@ -116,7 +124,7 @@ def lens(
             unembedding,
             counted,
             sampler.sample,
-            layer=layer,
+            layers=depth,
             show_progress_bar=not quiet,
         )
         found = replace(found, study=measured)
@@ -179,8 +187,8 @@ def _name(model: str) -> str:
 
 def _print(found: LensReport) -> None:
     title = f"Nearest tokens, {found.band} band, {found.k} of {found.d} dimensions"
-    if found.layer is not None:
-        title += f", layer {found.layer}"
+    if found.layers is not None:
+        title += f", layers = {found.layers}"
     table = Table(title=title, title_justify="left", show_lines=True)
     for column in ("text", "before the filter", "after"):
         table.add_column(column)

@@ -6,8 +6,9 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -17,10 +18,12 @@ from tqdm.auto import tqdm
 from st_embfilter.errors import DataError
 from st_embfilter.evaluation.baselines import FITTED, Configuration, Transform, baseline_names, grid
 from st_embfilter.evaluation.bootstrap import Floats, Outcome, interval, replicates
+from st_embfilter.evaluation.depth import DepthStore
 from st_embfilter.evaluation.tasks import Releasable, Task
 from st_embfilter.evaluation.vectors import Vectors, VectorStore
-from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH
+from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH, backbone_model
 from st_embfilter.model.build import from_causal_lm
+from st_embfilter.model.depth import block_stack
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import EmbedFilterLayer, filter_of
 from st_embfilter.saved.load import load
@@ -169,6 +172,7 @@ def sweep(
     tasks: Sequence[Task],
     configurations: Sequence[Configuration] | None = None,
     *,
+    layers: Sequence[int] | None = None,
     fit_texts: Sequence[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     batch_size: int = 32,
@@ -184,6 +188,8 @@ def sweep(
         tasks: What to measure on.
         configurations: What to measure, None for `default_configurations`. The raw model is always
             measured, and first.
+        layers: Depths to measure, each with every configuration, from one encoding; None for the
+            whole model. The raw model at its full depth is always measured, and first.
         fit_texts: Texts that data-driven baselines are fitted on; None for a sample of the task's
             own texts, without their labels.
         cache: Folder for raw vectors, None for none.
@@ -201,15 +207,14 @@ def sweep(
     chosen = [Configuration("raw"), *(c for c in chosen if c.name != "raw")]
     for configuration in chosen:
         configuration.dims(raw.spectrum.d)  # one that does not fit is an error before any encoding
-    store = VectorStore(
-        raw.model, cache=cache, batch_size=batch_size, show_progress_bar=show_progress_bar
-    )
-    sample = None if fit_texts is None else store.encode(list(fit_texts))
-    if sample is not None:
+    stores = _stores(raw, layers, cache, batch_size, show_progress_bar)
+    samples: dict[int | None, Vectors] = {}
+    for depth, store in stores.items() if fit_texts is not None else ():
+        samples[depth] = store.encode(list(fit_texts or ()))
         store.forget()
-    fitted_on = "the task's own texts" if sample is None else f"{len(sample)} given texts"
+    fitted_on = "the task's own texts" if fit_texts is None else f"{len(fit_texts)} given texts"
     with tqdm(
-        total=len(tasks) * len(chosen),
+        total=len(tasks) * len(stores) * len(chosen),
         unit="score",
         desc="Sweep",
         disable=None if show_progress_bar else True,
@@ -217,10 +222,10 @@ def sweep(
         for task in tasks:
             bar.set_description(task.info.name)
             reference: tuple[Outcome, Floats | None] | None = None
-            for configuration in chosen:
+            for (depth, store), configuration in product(stores.items(), chosen):
                 bar.update()
-                own = configuration.name in FITTED and sample is None
-                texts = store.seen(FIT_TEXTS, seed) if own else sample
+                own = configuration.name in FITTED and fit_texts is None
+                texts = store.seen(FIT_TEXTS, seed) if own else samples.get(depth)
                 try:
                     outcomes = _outcomes(raw, store, task, configuration, texts)
                 except DataError as error:
@@ -266,10 +271,34 @@ def sweep(
                     normalize=raw.normalize,
                     max_seq_length=raw.model.max_seq_length,
                     measured_by=task.info.measured_by,
+                    layers=depth,
                 )
-            store.forget()
+                if configuration == chosen[-1]:
+                    store.forget()
+            for store in stores.values():
+                store.forget()
             if isinstance(task, Releasable):
                 task.release()
+
+
+def _stores(
+    raw: RawModel,
+    layers: Sequence[int] | None,
+    cache: str | os.PathLike[str] | None,
+    batch_size: int,
+    show_progress_bar: bool,
+) -> dict[int | None, VectorStore]:
+    """Where vectors come from, by depth, the whole model first."""
+    options: dict[str, Any] = {
+        "cache": cache,
+        "batch_size": batch_size,
+        "show_progress_bar": show_progress_bar,
+    }
+    if layers is None:
+        return {None: VectorStore(raw.model, **options)}
+    full = len(block_stack(backbone_model(raw.model))[1])
+    depths = DepthStore(raw.model, [full, *layers], **options)
+    return {depth: depths.at(depth) for depth in depths.layers}
 
 
 def _fitted_on(configuration: Configuration, texts: str) -> str | None:

@@ -192,17 +192,19 @@ class RetrievalTask:
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """Accuracy of logistic regression on few examples, the mean of ten draws.
+    """Accuracy of logistic regression on few examples, the mean of several draws.
 
     Attributes:
         info: What is measured.
         train: Text, label.
         test: Text, label.
+        runs: Number of draws.
     """
 
     info: TaskInfo
     train: Sequence[tuple[str, str]]
     test: Sequence[tuple[str, str]]
+    runs: int = EXPERIMENTS
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str], name: str | None = None) -> ClassificationTask:
@@ -225,7 +227,7 @@ class ClassificationTask:
 
         labels = np.array([label for _, label in self.train])
         expected = np.array([label for _, label in self.test])
-        draws = _few_of_each(labels, EXPERIMENTS)
+        draws = _few_of_each(labels, self.runs)
         union = sorted(set().union(*draws))
         place = {index: i for i, index in enumerate(union)}
         known = encoder.encode([self.train[i][0] for i in union])
@@ -251,15 +253,19 @@ class ClassificationTask:
 
 @dataclass(frozen=True)
 class ClusteringTask:
-    """V-measure of k-means clusters, the mean of ten random samples of the texts.
+    """V-measure of k-means clusters, the mean of several random samples of the texts.
 
     Attributes:
         info: What is measured.
         texts: Text, label.
+        runs: Number of samples.
+        size: Texts in a sample, drawn with replacement.
     """
 
     info: TaskInfo
     texts: Sequence[tuple[str, str]]
+    runs: int = EXPERIMENTS
+    size: int = CLUSTERED_TEXTS
 
     @classmethod
     def read(cls, file: str | os.PathLike[str], name: str | None = None) -> ClusteringTask:
@@ -277,7 +283,13 @@ class ClusteringTask:
         labels = np.array([label for _, label in self.texts])
         runs = [
             v_measure_statistic(labels[drawn], clusters, drawn, len(labels))
-            for drawn, clusters in clusterings(vectors, labels, random.Random(SEED))  # noqa: S311
+            for drawn, clusters in clusterings(
+                vectors,
+                labels,
+                random.Random(SEED),  # noqa: S311
+                self.runs,
+                self.size,
+            )
         ]
         return Outcome.of(over_runs(len(labels), runs))
 
@@ -291,9 +303,13 @@ class ClusteringTask:
 
 
 def clusterings(
-    vectors: Vectors, labels: NDArray[np.str_], rng: random.Random
+    vectors: Vectors,
+    labels: NDArray[np.str_],
+    rng: random.Random,
+    runs: int = EXPERIMENTS,
+    size: int = CLUSTERED_TEXTS,
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Clusters of ten samples with replacement, as MTEB draws them.
+    """Clusters of samples with replacement, as MTEB draws them.
 
     Returns:
         Of each sample the drawn texts and their clusters.
@@ -301,8 +317,8 @@ def clusterings(
     from sklearn.cluster import MiniBatchKMeans
 
     found = []
-    for _ in range(EXPERIMENTS):
-        drawn = np.array(rng.choices(range(len(vectors)), k=CLUSTERED_TEXTS))
+    for _ in range(runs):
+        drawn = np.array(rng.choices(range(len(vectors)), k=size))
         kmeans = MiniBatchKMeans(
             len(np.unique(labels)), batch_size=512, init="k-means++", n_init=1, random_state=SEED
         )

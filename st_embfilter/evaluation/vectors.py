@@ -69,6 +69,7 @@ class VectorStore:
         self.batch_size = batch_size
         self.show_progress_bar = show_progress_bar
         self.encoded = 0
+        self.chunk = CHUNK
         self._folder = None if cache is None else Path(cache) / fingerprint(model)[:32]
         if self._folder is not None:
             check_file(self._folder / "vectors.npy")
@@ -82,7 +83,7 @@ class VectorStore:
         Raises:
             EmbedFilterError: If a vector is not finite; the message shows the text.
         """
-        key = _hash([method, prompt, *texts])
+        key = text_key(texts, method, prompt)
         if key not in self._memory:
             # Longest first, as sentence-transformers does inside a call, so that chunks of similar
             # length waste little on padding.
@@ -112,17 +113,19 @@ class VectorStore:
             leave=False,
             disable=None if self.show_progress_bar else True,
         ) as bar:
-            for first in range(0, len(texts), CHUNK):
-                chunk = texts[first : first + CHUNK]
-                parts.append(self._chunk(chunk, method, prompt))
+            for first in range(0, len(texts), self.chunk):
+                chunk = texts[first : first + self.chunk]
+                vectors = self._vectors(chunk, method, prompt)
+                parts.append(vectors)
                 bar.update(len(chunk))
         return np.concatenate(parts)
 
-    def _chunk(self, texts: list[str], method: str, prompt: str | None) -> Vectors:
+    def _vectors(self, texts: list[str], method: str, prompt: str | None) -> Vectors:
+        """The vectors of one chunk of different texts, stored or encoded."""
         file = None
         if self._folder is not None:
-            file = self._folder / f"{_hash([method, prompt, *texts])}.npy"
-            stored = _read(file)
+            file = self._folder / f"{text_key(texts, method, prompt)}.npy"
+            stored = read(file)
             if stored is not None:
                 return stored
         with reading("the model", BackboneError, "embed texts"):
@@ -137,15 +140,29 @@ class VectorStore:
                 dtype=np.float32,
             )
         self.encoded += len(texts)
-        bad = ~np.isfinite(vectors).all(axis=1)
-        if bad.any():
-            raise EmbedFilterError(
-                "embeddings must be finite, got NaN or Inf for the text "
-                f"{texts[int(bad.argmax())][:60]!r}; try another dtype for the backbone"
-            )
+        check_finite(vectors, texts)
         if file is not None:
-            _write(file, vectors)
+            write(file, vectors)
         return vectors
+
+
+def check_finite(vectors: Vectors, texts: Sequence[str]) -> None:
+    """Checks vectors (n, ..) of n texts.
+
+    Raises:
+        EmbedFilterError: Shows the first text with NaN or Inf.
+    """
+    bad = ~np.isfinite(vectors).all(axis=1)
+    if bad.any():
+        raise EmbedFilterError(
+            "embeddings must be finite, got NaN or Inf for the text "
+            f"{texts[int(bad.argmax())][:60]!r}; try another dtype for the backbone"
+        )
+
+
+def text_key(texts: Sequence[str], method: str = "encode", prompt: str | None = None) -> str:
+    """Hash of texts and of how they are encoded, which names their vectors."""
+    return _hash([method, prompt, *texts])
 
 
 def _hash(parts: Iterable[str | None]) -> str:
@@ -157,16 +174,19 @@ def _hash(parts: Iterable[str | None]) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path) -> Vectors | None:
+def read(file: Path) -> Vectors | None:
+    """Stored vectors; None if they are not there, or damaged."""
     try:
         stored: Vectors = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):
-        return None  # not there, or damaged: encoded anew
+        return None
     return stored
 
 
-def _write(file: Path, vectors: Vectors) -> None:
+def write(file: Path, vectors: Vectors) -> None:
+    """Stores vectors; the file appears complete or not at all."""
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as stream:
             try:
                 np.save(stream, vectors)

@@ -93,6 +93,10 @@ class Checkpoint(ABC):
         """Every tensor name."""
 
     @abstractmethod
+    def place(self, name: str) -> str:
+        """Name of the file that holds the tensor."""
+
+    @abstractmethod
     def tensor(self, name: str) -> StoredTensor:
         """The matrix of that name.
 
@@ -242,6 +246,10 @@ class SafetensorsCheckpoint(Checkpoint):
         """Every tensor name."""
         return frozenset(self._places)
 
+    def place(self, name: str) -> str:
+        """Name of the file that holds the tensor."""
+        return self._places[name]
+
     def tensor(self, name: str) -> StoredTensor:
         """The matrix of that name; only its header is read now."""
         file = self._files.open(self._places[name])
@@ -258,16 +266,20 @@ class TorchCheckpoint(Checkpoint):
 
     def __init__(self, files: ModelFiles, places: dict[str, str] | None = None) -> None:
         self._files = files
-        self._places = places or dict.fromkeys(self._load(TORCH_FILE), TORCH_FILE)
+        self._places = places or dict.fromkeys(self.load(TORCH_FILE), TORCH_FILE)
 
     @property
     def names(self) -> frozenset[str]:
         """Every tensor name."""
         return frozenset(self._places)
 
+    def place(self, name: str) -> str:
+        """Name of the file that holds the tensor."""
+        return self._places[name]
+
     def tensor(self, name: str) -> StoredTensor:
         """The matrix of that name, mapped from disk."""
-        tensor = self._load(self._places[name]).get(name)
+        tensor = self.load(self._places[name]).get(name)
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not isinstance(tensor, Tensor) or not dense or not tensor.dtype.is_floating_point:
             raise UnembeddingError(
@@ -276,7 +288,12 @@ class TorchCheckpoint(Checkpoint):
             )
         return StoredTensor.of(name, tensor)
 
-    def _load(self, file: str) -> dict[str, Any]:
+    def load(self, file: str) -> dict[str, Any]:
+        """Everything in one of its files by name, mapped from disk.
+
+        Raises:
+            UnembeddingError: If it is no plain state dict.
+        """
         path = _shard(self._files.path(file), file, self._files)
         try:
             try:

@@ -118,14 +118,14 @@ class LensReport:
     Attributes:
         name: Of the model.
         metadata: Of its filter.
-        layer: The layer between that was read, or None for the output.
+        layers: How many of the model's blocks were run, see `Depth.parse`; None for all.
         texts: Nearest tokens of single texts.
         study: Measures on a corpus, if there was one.
     """
 
     name: str
     metadata: FilterMetadata
-    layer: int | None
+    layers: float | int | None
     texts: tuple[TextLens, ...]
     study: Study | None = None
 
@@ -152,7 +152,7 @@ class LensReport:
             "d": self.d,
             "k": self.k,
             "calibrated": self.metadata.calibration is not None,
-            "layer": self.layer,
+            "layers": self.layers,
             "texts": [asdict(text) for text in self.texts],
         }
         if self.study is not None:
@@ -275,7 +275,7 @@ def look(
     texts: Sequence[str],
     *,
     name: str = "model",
-    layer: int | None = None,
+    layers: float | int | None = None,
     top_k: int = 5,
     show_progress_bar: bool = True,
 ) -> LensReport:
@@ -286,7 +286,7 @@ def look(
         unembedding: W_U of its backbone.
         texts: Texts to embed.
         name: Of the model, for the report.
-        layer: Layer to read, see `lens.layer_output`.
+        layers: How many blocks to run, see `pooled_embeddings`.
         top_k: Tokens of each text.
         show_progress_bar: Show a bar.
 
@@ -294,7 +294,7 @@ def look(
         LensError: If the model has no filter.
     """
     found = _filter(model)
-    hidden = pooled_embeddings(model, texts, layer=layer, show_progress_bar=show_progress_bar)
+    hidden = pooled_embeddings(model, texts, layers=layers, show_progress_bar=show_progress_bar)
     filtered = _filtered(found, hidden)
     before, after = (
         [
@@ -312,7 +312,7 @@ def look(
         )
     )
     shown = tuple(map(TextLens, texts, before, after))
-    return LensReport(name, found.metadata, layer, shown)
+    return LensReport(name, found.metadata, layers, shown)
 
 
 def study(
@@ -321,7 +321,7 @@ def study(
     counts: TokenCounts,
     sample: Sequence[str],
     *,
-    layer: int | None = None,
+    layers: float | int | None = None,
     smoothing: float = SMOOTHING,
     show_progress_bar: bool = True,
 ) -> Study:
@@ -332,7 +332,7 @@ def study(
         unembedding: W_U of its backbone.
         counts: Of a corpus, with the model's tokenizer.
         sample: Texts to embed, a few hundred.
-        layer: Layer whose embeddings are measured, see `lens.layer_output`.
+        layers: How many blocks to run, see `pooled_embeddings`.
         smoothing: See `TokenCounts.log_probabilities`.
         show_progress_bar: Show bars.
 
@@ -347,7 +347,7 @@ def study(
     _check_source(found.metadata, unembedding, sha256)
     measured = spectroscopy_of_counts(unembedding, spectrum, counts, smoothing=smoothing)
     frequent = counts.groups()["frequent"]
-    hidden = pooled_embeddings(model, sample, layer=layer, show_progress_bar=show_progress_bar)
+    hidden = pooled_embeddings(model, sample, layers=layers, show_progress_bar=show_progress_bar)
     before, after = (
         Side(
             dims=embeddings.shape[1],

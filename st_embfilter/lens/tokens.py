@@ -5,19 +5,19 @@ Everything over the vocabulary is streamed from W_U block by block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from st_embfilter.errors import BackboneError, LensError, ShapeError
+from st_embfilter.errors import BackboneError, ShapeError
 from st_embfilter.model.backbone import backbone_model
+from st_embfilter.model.depth import cut_to
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.text import reading
 from st_embfilter.unembedding.matrix import Unembedding
@@ -113,7 +113,7 @@ def pooled_embeddings(
     model: SentenceTransformer,
     texts: Sequence[str],
     *,
-    layer: int | None = None,
+    layers: float | int | None = None,
     batch_size: int = 32,
     show_progress_bar: bool = True,
 ) -> Tensor:
@@ -122,7 +122,7 @@ def pooled_embeddings(
     Args:
         model: With or without a filter.
         texts: Texts to embed.
-        layer: Read this layer's hidden states instead of the last ones, see `layer_output`.
+        layers: Run this many blocks, or this ratio of them, see `Depth.parse`; None for all.
         batch_size: As in `encode`.
         show_progress_bar: Show a bar where a person watches.
 
@@ -130,7 +130,7 @@ def pooled_embeddings(
         (n, d) float32 on the CPU.
 
     Raises:
-        LensError: If the model has no such layer, or no final norm to read it with.
+        DepthError: If the model cannot be cut, or not there.
     """
     head = SentenceTransformer(
         modules=list(
@@ -140,7 +140,8 @@ def pooled_embeddings(
         prompts={name: text for name, text in model.prompts.items() if text is not None},
         default_prompt_name=model.default_prompt_name,
     )
-    with reading("the model", BackboneError, "embed texts"), layer_output(model, layer):
+    cut = nullcontext() if layers is None else cut_to(backbone_model(model), layers)
+    with reading("the model", BackboneError, "embed texts"), cut:
         embeddings = head.encode(
             list(texts),
             batch_size=batch_size,
@@ -148,72 +149,3 @@ def pooled_embeddings(
             convert_to_tensor=True,
         )
     return embeddings.to("cpu", torch.float32)
-
-
-@contextmanager
-def layer_output(model: SentenceTransformer, layer: int | None) -> Iterator[None]:
-    """Lets the backbone return another layer's hidden states, read through its final norm.
-
-    Hidden states between the layers are unnormalised, so the final norm is applied to every token,
-    once. The last layer's have passed it already and stay as they are.
-
-    Args:
-        model: Changed while the context lasts.
-        layer: 0 for the token embeddings, n for the output of the n-th layer; the model's number of
-            layers, or None, for the ordinary output.
-
-    Raises:
-        LensError: While the backbone runs, if it has no such layer or no final norm.
-    """
-    if layer is None:
-        yield
-        return
-    backbone = backbone_model(model)
-    latest: list[tuple[nn.Module, Tensor]] = []
-
-    def remember(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            latest[:] = [(module, output)]
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        output = original(*args, **{**kwargs, "output_hidden_states": True})
-        states = output.hidden_states
-        if not 0 <= layer < len(states):
-            raise LensError(
-                f"layer must be from 0 (the token embeddings) to {len(states) - 1} (the output), "
-                f"got {layer}"
-            )
-        if layer < len(states) - 1:
-            norm = _final_norm(latest, output.last_hidden_state)
-            output.last_hidden_state = norm(states[layer])
-        return output
-
-    leaves = [module for module in backbone.modules() if not any(module.children())]
-    hooks = [leaf.register_forward_hook(remember) for leaf in leaves]
-    # No hook: sentence-transformers calls `forward` itself, which runs none.
-    original = backbone.forward
-    own = vars(backbone).get("forward")
-    backbone.forward = forward
-    try:
-        yield
-    finally:
-        del backbone.forward
-        if own is not None:
-            backbone.forward = own
-        for hook in hooks:
-            hook.remove()
-
-
-def _final_norm(latest: list[tuple[nn.Module, Tensor]], output: Tensor) -> nn.Module:
-    """The last module that ran, if it made the output and scales features one by one.
-
-    Found by what it does, so that no list of names per architecture has to be kept.
-    """
-    module, made = latest[0]
-    is_norm = all(parameter.ndim <= 1 for parameter in module.parameters())
-    if not is_norm or made.data_ptr() != output.data_ptr():
-        raise LensError(
-            "reading a layer between needs a backbone that ends in a norm, got one that ends in "
-            f"{type(module).__name__}; leave layer out"
-        )
-    return module

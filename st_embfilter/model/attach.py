@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from st_embfilter.errors import BandError, HubError, ProvenanceError, Unembeddin
 from st_embfilter.files.hub import is_repo_id
 from st_embfilter.model.backbone import backbone_model, source_name
 from st_embfilter.model.build import check_width, fit_filter
+from st_embfilter.model.depth import cut_model
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.pipeline import filter_position, insert_module, pooling_width
 from st_embfilter.spectrum.band import Band
@@ -26,6 +28,7 @@ def add_filter(
     *,
     keep: float | int | None = None,
     band: str | Band = "bulk",
+    layers: float | int | None = None,
     unembedding: UnembeddingSource | None = None,
     trust_remote_code: bool = False,
     show_progress_bar: bool = True,
@@ -39,6 +42,8 @@ def add_filter(
         keep: Ratio of directions kept in (0, 1], or their number as an int; None for 0.5, for the
             keep of a `Band`, or for that of a ready filter.
         band: The directions that are kept, see `Band`; a ready filter has its own.
+        layers: The model's first blocks that are kept, at least one, or a ratio of them; None for
+            all.
         unembedding: The place of W_U; None for the checkpoint of the model's backbone, or the live
             input embedding where that is gone and the two are tied.
         trust_remote_code: Whether model code of the checkpoint may run.
@@ -77,6 +82,9 @@ def add_filter(
     else:
         layer = ready
         _check_origin(layer, matrix)
+    if layers is not None:
+        depth = cut_model(backbone_model(model), layers, at_least=1)
+        layer.metadata = replace(layer.metadata, depth=depth if depth.layers < depth.of else None)
     insert_module(model, position, layer.to(model.device))
     return model
 

@@ -264,6 +264,12 @@ def backbone_files(folder: Path) -> list[Path]:
     return sorted(weights + [path for path in files if _BACKBONE_FILES.fullmatch(path.name)])
 
 
+def small_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder beside its weights that a copy of it needs, and its card."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return [p for p in files if _BACKBONE_FILES.fullmatch(p.name) or p.name == "README.md"]
+
+
 def is_unchanged(model: nn.Module, folder: Path) -> bool:
     """Whether a live model still has the weights of its folder.
 

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,14 +15,22 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from st_embfilter.errors import CalibrationError, PlacementError, PromptError, ShapeError
+from st_embfilter.errors import (
+    CalibrationError,
+    DepthError,
+    PlacementError,
+    PromptError,
+    ShapeError,
+)
 from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH, load_backbone, measured
 from st_embfilter.model.calibrate import calibrate_filter, sample_texts
+from st_embfilter.model.depth import load_cut
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.prompts import Encoding, Recipe, parse_prompt
+from st_embfilter.model.static import check_static, fold, token_embeddings
 from st_embfilter.model.tokenizer import apply_recipe, modality_config, transformer_class
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import Precision
@@ -40,6 +49,8 @@ def from_causal_lm(
     pooling: str | None = None,
     keep: float | int | None = None,
     band: str | Band = "bulk",
+    layers: float | int | None = None,
+    token_weights: str | None = None,
     normalize: bool = False,
     calibrate: str | Sequence[str] | None = None,
     calibration_strength: float = DEFAULT_STRENGTH,
@@ -68,6 +79,11 @@ def from_causal_lm(
         keep: Ratio of directions kept in (0, 1], or their number as an int; None for 0.5, or for
             the keep of a `Band`.
         band: The directions that are kept, see `Band`; "bulk" is the paper's.
+        layers: How much of the model is used: the number of its first blocks, or a ratio of them in
+            (0, 1], then the final norm. None for all; 0 for a table of token embeddings without a
+            transformer, `StaticEmbedding`.
+        token_weights: With layers=0, "zipf" or "sif" to weight tokens by their rank in the
+            vocabulary; None for the plain mean.
         normalize: Whether embeddings are scaled to unit length after the filter.
         calibrate: Texts to centre and whiten with, see `calibrate_filter`, or "self" for texts
             that the model writes itself; None for the paper's method, without.
@@ -78,7 +94,8 @@ def from_causal_lm(
         device: Device on which the model runs, and on "cuda" the spectrum is computed; None for
             the best at hand.
         dtype: Dtype of the backbone, as in transformers; of a GGUF file, float16 by default. The
-            filter is float32 in any case.
+            filter is float32 in any case; with layers=0 it is the dtype of the table, float16 if
+            None.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
         masked_lm: Whether the model is a masked language model, whose decoder matrix is taken;
@@ -89,7 +106,8 @@ def from_causal_lm(
         show_progress_bar: Whether bars are shown while weights are dequantised and W_U is read.
 
     Returns:
-        Transformer, Pooling, EmbedFilterLayer and, if asked for, Normalize.
+        Transformer, Pooling, EmbedFilterLayer and, if asked for, Normalize; with layers=0
+        StaticEmbedding in place of the first three.
 
     Raises:
         EmbedFilterError: If the model is no decoder LM, or an argument is out of range.
@@ -110,37 +128,48 @@ def from_causal_lm(
         )
     if pooling is not None and pooling not in POOLING_MODES:
         raise PlacementError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
+    static = layers == 0
+    if static:
+        check_static(recipe, pooling)
+    elif token_weights is not None:
+        raise DepthError(f"token_weights need layers=0, got layers={layers!r}; leave them out")
     chosen = Band.parse(band, keep)
     _check_plain(source)
     unembedding = source.unembedding()
     chosen.width(unembedding.d)  # a band that does not fit is an error before any download
     wanted = source.norm
+    table_dtype = dtype
     source, dtype = readable(source, dtype, show_progress_bar=show_progress_bar)
     source = replace(source, norm=wanted)
     unembedding = source.unembedding()  # of a GGUF file, in the dtype that is saved
-    backbone = load_backbone(
-        source,
+    load_whole = partial(
+        load_backbone,
         max_seq_length=max_seq_length,
-        dtype=dtype,
+        dtype=torch.float32 if static else dtype,
         module_class=transformer_class(recipe),
         modality_config=modality_config(recipe),
+    )
+    backbone, depth = (
+        (load_whole(source), None) if layers is None else load_cut(source, layers, load_whole)
     )
     width = measured(backbone).shape[0]
     where = device if device is not None and device.startswith("cuda") else "cpu"
     layer = fit_filter(unembedding, chosen, device=where, show_progress_bar=show_progress_bar)
     check_width(layer, width)
-    if recipe is None:
-        pool = Pooling(width, pooling or "mean")
+    if depth is not None and depth.layers < depth.of:
+        depth = replace(depth, token_weights=token_weights)
+        layer.metadata = replace(layer.metadata, depth=depth)
+    if static:
+        modules: list[nn.Module] = [token_embeddings(backbone, token_weights), layer]
+    elif recipe is None:
+        modules = [backbone, Pooling(width, pooling or "mean"), layer]
     else:
         recipe = recipe.for_model(backbone.config.model_type)
-        pool = apply_recipe(backbone, recipe, pooling)
+        modules = [backbone, apply_recipe(backbone, recipe, pooling), layer]
         layer.metadata = replace(layer.metadata, prompt=recipe.to_dict())
-    modules: list[nn.Module] = [backbone, pool, layer]
     if normalize:
         modules.append(Normalize())
     model = SentenceTransformer(modules=modules, device=device)
-    if calibrate is None:
-        return model
     if calibrate == "self":
         texts = sample_texts(
             source,
@@ -150,15 +179,17 @@ def from_causal_lm(
             dtype=dtype,
             show_progress_bar=show_progress_bar,
         )
-    else:
+    elif calibrate is not None:
         texts = list(calibrate)
-    return calibrate_filter(
-        model,
-        texts,
-        strength=calibration_strength,
-        seed=calibration_seed if calibrate == "self" else None,
-        show_progress_bar=show_progress_bar,
-    )
+    if calibrate is not None:
+        calibrate_filter(
+            model,
+            texts,
+            strength=calibration_strength,
+            seed=calibration_seed if calibrate == "self" else None,
+            show_progress_bar=show_progress_bar,
+        )
+    return fold(model, table_dtype) if static else model
 
 
 def _check_plain(source: Source) -> None:

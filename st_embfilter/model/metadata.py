@@ -10,13 +10,14 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import torch
 
-from st_embfilter.errors import BandError, FormatError, PromptError
+from st_embfilter.errors import BandError, DepthError, FormatError, PromptError
+from st_embfilter.model.depth import Depth
 from st_embfilter.model.prompts import recipe_from_dict
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.whitening import Calibration
@@ -54,6 +55,7 @@ class FilterMetadata:
         calibration: How it was calibrated; None for the filter alone.
         norm: "folded" if its directions are those of W_U diag(g), g the gain of the norm before it;
             the rows of its matrix are then divided by g.
+        depth: How many of the language model's blocks it was saved with; None for all.
     """
 
     provenance: Provenance
@@ -62,6 +64,7 @@ class FilterMetadata:
     versions: Mapping[str, str] = field(default_factory=library_versions)
     calibration: Calibration | None = None
     norm: str | None = None
+    depth: Depth | None = None
 
     @property
     def d(self) -> int:
@@ -103,6 +106,7 @@ class FilterMetadata:
             },
             "calibration": None if self.calibration is None else asdict(self.calibration),
             "prompt": None if self.prompt is None else dict(self.prompt),
+            **({} if self.depth is None else {"depth": asdict(self.depth)}),
             "versions": dict(self.versions),
         }
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -154,6 +158,7 @@ class FilterMetadata:
             versions=_object(document.get("versions", {}), "versions"),
             calibration=_calibration(document.get("calibration")),
             norm=_norm(window),
+            depth=_depth(document.get("depth")),
         )
         try:
             derived = {"d": metadata.d, "k": metadata.k, "start": metadata.band.start(metadata.d)}
@@ -209,6 +214,18 @@ def _calibration(value: object) -> Calibration | None:
             f"strength and shrinkage in [0, 1], got {record!r}"
         )
     return calibration
+
+
+def _depth(value: object) -> Depth | None:
+    if value is None:
+        return None
+    record = _object(value, "depth")
+    layers, of = _typed(record, "layers", int), _typed(record, "of", int)
+    weights = _typed(record, "token_weights", str, None)
+    try:
+        return replace(Depth.parse(layers, of), token_weights=weights)
+    except DepthError as error:
+        raise FormatError(f"{METADATA_FILE}: depth: {error}") from error
 
 
 def _prompt(data: dict[str, Any]) -> dict[str, Any]:

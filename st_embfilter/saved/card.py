@@ -23,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump  # type: ignore[at
 from st_embfilter.errors import FormatError
 from st_embfilter.files.staging import replace_file
 from st_embfilter.files.tensors import FolderFiles, ModelFiles
+from st_embfilter.model.depth import Depth
 from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE, parse_modules
 from st_embfilter.saved.layout import (
@@ -139,6 +140,7 @@ class CardFacts:
         sha256: Of its bytes.
         prompt: The recipe as in the metadata; None for plain text.
         calibration: How the filter was calibrated, as in the metadata; None for the filter alone.
+        depth: How many of the base model's blocks it has; None for all.
         lens: A section in Markdown about nearest tokens and anisotropy, see `report.card_section`.
         pooling: Mode of `Pooling`.
         normalized: Whether embeddings have unit length.
@@ -164,6 +166,7 @@ class CardFacts:
     sha256: str | None = None
     prompt: Mapping[str, Any] | None = None
     calibration: Calibration | None = None
+    depth: Depth | None = None
     lens: str | None = None
     pooling: str = "mean"
     normalized: bool = False
@@ -219,6 +222,7 @@ def facts_of_files(
         sha256=source.sha256,
         prompt=metadata.prompt,
         calibration=metadata.calibration,
+        depth=metadata.depth,
         pooling="mean" if pooling is None else _pooling_mode(files, *pooling),
         normalized=any(kind.endswith("Normalize") for kind in types),
         max_seq_length=length if isinstance(length, int) else None,
@@ -500,6 +504,8 @@ def _build_command(facts: CardFacts, repo_id: str | None) -> str:
     options: list[tuple[str, str | None]] = [
         ("--keep", str(facts.keep)),
         ("--band", None if facts.band == "bulk" else facts.band),
+        ("--layers", None if facts.depth is None else str(facts.depth.layers)),
+        ("--token-weights", None if facts.depth is None else facts.depth.token_weights),
         ("--prompt", _prompt_option(facts.prompt)),
         ("--prompt-encoding", "exact" if _is_exact(facts.prompt) else None),
         ("--calibrate", _calibrate_option(facts.calibration)),

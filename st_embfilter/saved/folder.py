@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,10 +35,12 @@ from st_embfilter.model.backbone import (
     source_name,
     tokenizer_patch,
 )
+from st_embfilter.model.depth import blocks_to_keep, cut_checkpoint
 from st_embfilter.model.layer import EmbedFilterLayer, check_placement
 from st_embfilter.model.metadata import METADATA_FILE, SPECTRUM_FILE
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.prompts import PromptEOL, Recipe, recipe_from_dict
+from st_embfilter.model.static import static_metadata
 from st_embfilter.model.tokenizer import write_tokenizer
 from st_embfilter.saved.card import (
     base_card,
@@ -56,6 +58,8 @@ from st_embfilter.saved.layout import (
     TRANSFORMER_CONFIG,
     modules_document,
 )
+from st_embfilter.saved.static import static_files, write_table
+from st_embfilter.unembedding.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +97,8 @@ def save_pretrained(
     """
     target = Path(path).absolute()
     check_target(target, overwrite=overwrite)
-    source = source_folder(model)
+    static = static_metadata(model) is not None
+    source = None if static else source_folder(model)
     if source is not None and source.resolve() == target.resolve():
         raise OutputError(f"the output folder must not be the model's source, got {path}")
     with staged(target, overwrite=overwrite) as folder:
@@ -218,6 +223,10 @@ def write_model(
     token: str | bool | None = None,
 ) -> None:
     """Fills an empty folder; `place(source, target)` puts the weights of the backbone there."""
+    if static_metadata(model) is not None:
+        write_table(model, folder)
+        _write_small(folder, static_files(model, token=token))
+        return
     _pipeline(model)
     inner = backbone_model(model)
     if has_adapter(inner):
@@ -228,7 +237,10 @@ def write_model(
     source = source_folder(model)
     if source is not None and is_unchanged(inner, source):
         check_links(source)  # no file of this machine becomes part of a model
-        for file in backbone_files(source):
+        kept = blocks_to_keep(inner, Source(str(source)))
+        if kept is not None:
+            cut_checkpoint(Source(str(source)), folder, kept)
+        for file in backbone_files(source) if kept is None else ():
             large = file.suffix in (".safetensors", ".bin")
             (place if large else shutil.copyfile)(file, folder / file.name)
         patch = tokenizer_patch(source, model.tokenizer)
@@ -240,7 +252,11 @@ def write_model(
     if _pipeline(model)[2].metadata.prompt is not None:
         write_tokenizer(folder, model.tokenizer)
     # Last, as it asks for the card of the base model: what cannot be saved was refused above.
-    for name, content in portable_files(model, token=token).items():
+    _write_small(folder, portable_files(model, token=token))
+
+
+def _write_small(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 

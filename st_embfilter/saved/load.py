@@ -10,6 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Dense
 
 from st_embfilter.errors import BackboneError, EmbedFilterError, FormatError
 from st_embfilter.files.tensors import ModelFiles
+from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import EmbedFilterLayer, filter_of, read_filter
 from st_embfilter.model.modules_file import (
     MODULES_FILE,
@@ -18,6 +19,7 @@ from st_embfilter.model.modules_file import (
     parse_modules,
 )
 from st_embfilter.model.pipeline import replace_module
+from st_embfilter.model.static import set_static_metadata
 from st_embfilter.model.whole import check_finite, loaded_whole
 from st_embfilter.saved.layout import TRANSFORMER_CONFIG, check_length
 from st_embfilter.text import first_line, read_json
@@ -51,7 +53,10 @@ def load(
     else:
         where = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         source = Source(os.fspath(path), trust_remote_code=trust_remote_code, **where)
-    layer = read_saved(source.files, trust_remote_code=source.trust_remote_code)
+    found = find_filter(source)
+    depth = None if found is None else found.metadata.depth
+    static = found is not None and depth is not None and depth.layers == 0
+    layer = None if static else read_saved(source.files, trust_remote_code=source.trust_remote_code)
     if source.files.commit is not None:  # should the branch move meanwhile
         kwargs["revision"] = source.files.commit
     try:
@@ -67,6 +72,10 @@ def load(
             f"{source.name}: {first_line(error)}"
         ) from error
     check_finite(model, source.name)
+    if layer is None:
+        if found is not None:
+            set_static_metadata(model, found.metadata)
+        return model
     if filter_of(model) is not None:
         return model
     dense = next(module for module in model.children() if isinstance(module, Dense))

@@ -15,13 +15,15 @@ from sentence_transformers import SentenceTransformer
 
 from st_embfilter.errors import FormatError, LinkError
 from st_embfilter.files.hub import upload
-from st_embfilter.files.tensors import links_out, read_index
+from st_embfilter.files.tensors import SAFETENSORS_FILE, links_out, read_index
 from st_embfilter.model.backbone import backbone_files
 from st_embfilter.model.layer import EmbedFilterLayer, filter_card
+from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.saved.card import card_of_folder, check_card
 from st_embfilter.saved.folder import write_model
 from st_embfilter.saved.layout import CARD_FILE, FILTER_FILES, PORTABLE_FILES
+from st_embfilter.saved.static import STATIC_FILES, STATIC_FOLDER, check_table, is_static
 
 _TOKENIZER: Final = re.compile(
     r"tokenizer\.json|vocab\.(json|txt)|tekken\.json|.*\.(model|spm|tiktoken)"
@@ -137,7 +139,9 @@ def validate_folder(folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     filter_alone = _is_filter_alone(folder)
-    required = FILTER_FILES if filter_alone else PORTABLE_FILES
+    required: tuple[str, ...] = FILTER_FILES if filter_alone else PORTABLE_FILES
+    if is_static(folder):
+        required = STATIC_FILES
     missing = [name for name in required if not (folder / name).is_file()]
     if missing:
         raise FormatError(
@@ -145,9 +149,13 @@ def validate_folder(folder: str | os.PathLike[str]) -> None:
             f"{', '.join(missing)} in {folder}; write it with save_pretrained or `st-embfilter "
             "build`"
         )
-    EmbedFilterLayer.from_pretrained(folder)
-    if not filter_alone:
-        _check_backbone(folder)
+    if is_static(folder):
+        metadata = (folder / METADATA_FILE).read_text(encoding="utf-8", errors="replace")
+        check_table(folder / STATIC_FOLDER / SAFETENSORS_FILE, FilterMetadata.from_json(metadata))
+    else:
+        EmbedFilterLayer.from_pretrained(folder)
+        if not filter_alone:
+            _check_backbone(folder)
     check_card((folder / CARD_FILE).read_text(encoding="utf-8", errors="replace"))
 
 

@@ -55,6 +55,7 @@ class Result:
         max_seq_length: Longest text in tokens.
         measured_by: Whose code computed the score, with its version.
         command: The command line that gave this row, if it was one.
+        layers: Number of blocks that were run, in a sweep over depth; None for all of them.
     """
 
     task: str
@@ -86,6 +87,7 @@ class Result:
     max_seq_length: int | None
     measured_by: str
     command: str | None = None
+    layers: int | None = None
 
     @property
     def verdict(self) -> str:

@@ -14,14 +14,18 @@ from torch import Tensor
 from transformers import AutoModel
 
 from st_embfilter.errors import EmbedFilterError, FormatError, HubError
-from st_embfilter.files.tensors import ModelFiles, links_out
+from st_embfilter.files.tensors import SAFETENSORS_FILE, ModelFiles, links_out
 from st_embfilter.model import echo_pooling
 from st_embfilter.model.calibrate import calibrate_filter, sample_texts
+from st_embfilter.model.depth import text_config
+from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import EmbedFilterLayer, read_filter
+from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.saved import checks, layout
 from st_embfilter.saved.card import check_card, stated_base
 from st_embfilter.saved.load import load, read_saved
+from st_embfilter.saved.static import STATIC_FOLDER, check_table
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.spectrum.whitening import different_texts, texts_hash
 from st_embfilter.text import first_line, read_json, shown
@@ -109,6 +113,10 @@ class _Job:
         return self.source.files
 
     def checks(self) -> Iterator[Check]:
+        found = self._static()
+        if found is not None:
+            yield from found
+            return
         try:
             alone = self.files.path(MODULES_FILE) is None
             # Which classes and code there may be is checked below, whatever is trusted.
@@ -132,8 +140,36 @@ class _Job:
             yield _attempt("links", self._links)
         if not alone:
             yield _attempt("modules", lambda: self._modules(layer))
-            yield _attempt("card", lambda: self._card(layer))
+            yield _attempt("card", lambda: self._card(metadata))
+            if metadata.depth is not None:
+                yield _attempt("depth", lambda: self._depth(layer))
         yield from self._against_the_matrix(layer, alone)
+
+    def _static(self) -> list[Check] | None:
+        """The checks of a static model, of which only the files can be held together."""
+        try:
+            found = find_filter(self.source)
+        except EmbedFilterError:
+            return None
+        depth = None if found is None else found.metadata.depth
+        if found is None or depth is None or depth.layers > 0:
+            return None
+        metadata = found.metadata
+        path = self.files.path(f"{STATIC_FOLDER}/{SAFETENSORS_FILE}")
+        kept = f"{metadata.band} band, {metadata.k} of {metadata.d}, no block of {depth.of}"
+        return [
+            _attempt("files", lambda: check_table(path, metadata)),
+            Check("window", True, kept),
+            _attempt("card", lambda: self._card(metadata)),
+        ]
+
+    def _depth(self, layer: EmbedFilterLayer) -> tuple[bool, str]:
+        """The config must have as many blocks as the metadata say."""
+        depth = layer.metadata.depth
+        blocks = text_config(self.source.config()).num_hidden_layers
+        if depth is not None and blocks != depth.layers:
+            return False, f"config.json has {blocks} blocks, embfilter.json says {depth.layers}"
+        return True, f"{blocks} blocks" + ("" if depth is None else f" of {depth.of}")
 
     def _against_the_matrix(self, layer: EmbedFilterLayer, alone: bool) -> Iterator[Check]:
         try:
@@ -216,13 +252,13 @@ class _Job:
             raise FormatError(f"a saved model must hold {file}, got none")
         return read_json(path.read_bytes(), file, FormatError, kind, infinity=infinity)
 
-    def _card(self, layer: EmbedFilterLayer) -> tuple[bool, str]:
+    def _card(self, metadata: FilterMetadata) -> tuple[bool, str]:
         path = self.files.path(layout.CARD_FILE)
         if path is None:
             raise FormatError(f"a saved model must hold {layout.CARD_FILE}, got none")
         text = path.read_text(encoding="utf-8", errors="replace")
         check_card(text)
-        stated, base = stated_base(text), layer.metadata.provenance.model_id
+        stated, base = stated_base(text), metadata.provenance.model_id
         if stated is not None and stated != base:
             return False, f"names the base model {stated}, embfilter.json says {base}"
         return True, "valid metadata" + ("" if stated is None else f", base model {stated}")

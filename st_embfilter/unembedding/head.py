@@ -88,7 +88,7 @@ def find_output_embedding(
     # the renamings of all its architectures, which takes as long as the spectrum of a small model.
     found = next((name for name in names if name in checkpoint.names), None)
     if found is None:
-        stored_as = _stored_names(model, checkpoint.names)
+        stored_as = stored_names(model, checkpoint.names)
         found = next((stored_as[name] for name in names if name in stored_as), None)
     if found is None:
         check_not_packed(names, checkpoint.names)
@@ -117,7 +117,7 @@ def stored_name(model: nn.Module, checkpoint: Checkpoint, name: str) -> str:
     """
     if name in checkpoint.names:
         return name
-    found = _stored_names(model, checkpoint.names).get(name)
+    found = stored_names(model, checkpoint.names).get(name)
     if found is None:
         raise UnembeddingError(
             f"the checkpoint must hold every tensor of the model, got none for {name!r}; download "
@@ -234,7 +234,7 @@ def output_embedding(model: nn.Module) -> tuple[list[str], bool, Tensor]:
     return [own, *shared], tied, weight
 
 
-def _stored_names(model: nn.Module, keys: frozenset[str]) -> dict[str, str]:
+def stored_names(model: nn.Module, keys: frozenset[str]) -> dict[str, str]:
     """Maps names of the model's parameters to keys of a checkpoint, as loading it would."""
     state = model.state_dict()
     prefix = getattr(model, "base_model_prefix", "") or ""

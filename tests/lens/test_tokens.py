@@ -6,8 +6,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import st_embfilter
-from st_embfilter.errors import LensError, ShapeError
+from st_embfilter.errors import DepthError, ShapeError
 from st_embfilter.lens.tokens import LensResult, logit_lens, pooled_embeddings
+from st_embfilter.model.depth import block_stack
 from st_embfilter.model.layer import filter_of
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import spectrum_of_weight
@@ -100,27 +101,18 @@ def test_layers_between_are_normed_once_and_the_last_never(
     for layer in range(2):
         with torch.no_grad():
             expected = norm(states[layer]).mean(dim=1)
-        found = pooled_embeddings(model, [text], layer=layer, show_progress_bar=False)
+        found = pooled_embeddings(model, [text], layers=layer, show_progress_bar=False)
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
     for last in (2, None):
-        found = pooled_embeddings(model, [text], layer=last, show_progress_bar=False)
+        found = pooled_embeddings(model, [text], layers=last, show_progress_bar=False)
         assert torch.allclose(found, states[2].mean(dim=1), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         assert not torch.allclose(norm(states[2]).mean(dim=1), found, rtol=1e-2)
-    with pytest.raises(LensError, match=r"from 0 .* to 2 \(the output\), got 3"):
-        pooled_embeddings(model, [text], layer=3, show_progress_bar=False)
+    with pytest.raises(DepthError, match=r"int in \[0, 2\] or a ratio in \(0, 1\], got 3"):
+        pooled_embeddings(model, [text], layers=3, show_progress_bar=False)
     # Whatever happened, the model is as before.
-    assert "forward" not in vars(model[0].auto_model)
-    leaves = [module for module in model[0].auto_model.modules() if not any(module.children())]
-    assert not any(leaf._forward_hooks for leaf in leaves)
-
-
-def test_a_backbone_without_a_final_norm_is_refused(make_lm: MakeLM) -> None:
-    folder, _ = make_lm("gpt2")
-    model = st_embfilter.from_causal_lm(folder, device="cpu", show_progress_bar=False)
-    model[0].auto_model.ln_f = torch.nn.Linear(32, 32)
-    with pytest.raises(LensError, match="ends in a norm, got one that ends in Linear"):
-        pooled_embeddings(model, ["tea"], layer=1, show_progress_bar=False)
+    assert len(block_stack(model[0].auto_model)[1]) == 2
+    assert model[0].auto_model.config.num_hidden_layers == 2
 
 
 def test_pooled_embeddings_are_what_the_filter_gets(demo_model: SentenceTransformer) -> None:

@@ -1,0 +1,126 @@
+"""The folder of a static model: one table, one tokenizer, no language model.
+
+Names and keys are those that every version of `StaticEmbedding` and model2vec read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+
+from st_embfilter.errors import FormatError
+from st_embfilter.files.tensors import SAFETENSORS_FILE
+from st_embfilter.files.writer import RawTensor, write_safetensors
+from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
+from st_embfilter.model.modules_file import MODULES_FILE
+from st_embfilter.model.static import static_metadata
+from st_embfilter.saved.card import base_card, facts_of_files, render
+from st_embfilter.saved.layout import CARD_FILE
+
+STATIC_FOLDER: Final = "0_StaticEmbedding"
+STATIC_FILES: Final = (
+    MODULES_FILE,
+    "config_sentence_transformers.json",
+    f"{STATIC_FOLDER}/{SAFETENSORS_FILE}",
+    f"{STATIC_FOLDER}/tokenizer.json",
+    METADATA_FILE,
+    CARD_FILE,
+)
+_TABLE: Final = "embedding.weight"
+
+
+def static_files(
+    model: SentenceTransformer, *, token: str | bool | None = None
+) -> dict[str, bytes]:
+    """Every file of a static model's folder but its table.
+
+    Args:
+        model: From `from_causal_lm(..., layers=0)`.
+        token: Hub token, to read the base model's card.
+
+    Raises:
+        FormatError: If something else than Normalize follows the table.
+    """
+    modules: list[Any] = list(model.children())
+    metadata = static_metadata(model)
+    kinds = (StaticEmbedding, Normalize)
+    fits = all(isinstance(m, kind) for m, kind in zip(modules, kinds, strict=False))
+    if metadata is None or len(modules) > len(kinds) or not fits:
+        raise FormatError(
+            "a static model holds StaticEmbedding [> Normalize], got "
+            + " > ".join(type(module).__name__ for module in modules)
+        )
+    entries = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": f"{i}_{kind.__name__}",
+            "type": f"sentence_transformers.models.{kind.__name__}",
+        }
+        for i, kind in enumerate(kinds[: len(modules)])
+    ]
+    config = {
+        "prompts": dict(model.prompts),
+        "default_prompt_name": model.default_prompt_name,
+        "similarity_fn_name": str(model.similarity_fn_name),
+    }
+    files = {
+        MODULES_FILE: _json(entries),
+        "config_sentence_transformers.json": _json(config),
+        f"{STATIC_FOLDER}/tokenizer.json": modules[0].tokenizer.to_str(pretty=True).encode(),
+        METADATA_FILE: metadata.to_json().encode(),
+    }
+    source = metadata.provenance
+    base = None
+    if source.model_id is not None and source.revision is not None:
+        base = base_card(source.model_id, source.revision, token)
+    files[CARD_FILE] = render(facts_of_files(files, base_card=base)).encode()
+    return files
+
+
+def write_table(model: SentenceTransformer, folder: Path) -> None:
+    """Writes the table of a static model into its folder."""
+    modules: list[Any] = list(model.children())
+    (folder / STATIC_FOLDER).mkdir(exist_ok=True)
+    table = {_TABLE: RawTensor.of(modules[0].embedding.weight)}
+    write_safetensors(folder / STATIC_FOLDER / SAFETENSORS_FILE, table)
+
+
+def check_table(path: Path | None, metadata: FilterMetadata) -> tuple[bool, str]:
+    """Holds the table of a static model against its metadata.
+
+    Returns:
+        True, and what it holds.
+
+    Raises:
+        FormatError: If it is missing, of another width, or not finite.
+    """
+    try:
+        with safe_open(path or "", framework="pt") as stored:
+            table = stored.get_tensor(_TABLE)
+    except Exception as error:  # safetensors names many
+        raise FormatError(
+            f"{STATIC_FOLDER}/{SAFETENSORS_FILE} must hold {_TABLE}, got: {error}"
+        ) from error
+    fits = table.ndim == 2 and table.shape[1] == metadata.k
+    if not fits or not bool(torch.isfinite(table).all()):
+        raise FormatError(
+            f"the table must be finite and {metadata.k} wide as {METADATA_FILE} says, got shape "
+            f"{tuple(table.shape)}; the files do not belong together"
+        )
+    return True, f"a finite table of {table.shape[0]:,} x {table.shape[1]}, {table.dtype}"
+
+
+def is_static(folder: Path) -> bool:
+    """Whether a folder holds a static model."""
+    return (folder / STATIC_FOLDER).is_dir()
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
