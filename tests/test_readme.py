@@ -101,17 +101,27 @@ def test_python_blocks(place: Path) -> None:
 
 
 def test_shell_lines(place: Path) -> None:
+    """All in one process, as the blocks of Python."""
     lines = [line for language, body in BLOCKS if language == "shell" for line in body.splitlines()]
+    commands = []
     for line in filter(None, lines):
         command = shlex.split(line, comments=True)
         if command[0] != "make":
             assert command[0] == "st-embfilter"
             if command[1] != "bench" or find_spec("faiss"):  # of the extra `eval`
-                run(place, command)
+                commands.append(command[1:])
         elif not WHEEL_ONLY:
             assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.M)
             if command[1] == "demo":  # its recipe; the set-up is what runs this test
-                demo = [sys.executable, "-m", "examples.demo", "--lm", "openstax"]
-                output = run(ROOT, demo)
+                output = run(ROOT, [sys.executable, "-m", "examples.demo", "--lm", "openstax"])
                 assert "1/8" in output
                 assert "A search (mean pooling) among" in output
+    assert len(commands) > 5
+    code = f"""
+from st_embfilter.cli import app
+for command in {commands!r}:
+    code = app(command, standalone_mode=False)
+    if code:
+        raise SystemExit(f"{{command}} ended with {{code}}")
+"""
+    run(place, [sys.executable, "-W", "ignore", "-c", code])

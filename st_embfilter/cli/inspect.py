@@ -37,11 +37,39 @@ def inspect(
         **_spectrum_rows(layer),
         "Calibration": _calibration(layer),
         "Prompt": describe_recipe(recipe_from_dict(prompt) if prompt else None),
+        **_pipeline_rows(model),
         "Versions": ", ".join(f"{k} {v}" for k, v in layer.metadata.versions.items()),
     }
     for name, value in rows.items():
         table.add_row(name, escape(value))
     out.print(table, highlight=False)
+
+
+def _pipeline_rows(model: str) -> dict[str, str]:
+    """What happens around the filter; nothing for a filter alone."""
+    from st_embfilter.model.find import find_filter
+    from st_embfilter.model.metadata import METADATA_FILE
+    from st_embfilter.saved.card import facts_of_files
+    from st_embfilter.unembedding.source import Source
+
+    source = Source(model)
+    found = find_filter(source)
+    if found is None or found.form == "alone":
+        return {}
+    names = (
+        "modules.json",
+        "1_Pooling/config.json",
+        "sentence_bert_config.json",
+        f"{found.metadata_folder}{METADATA_FILE}",
+    )
+    paths = {name: source.files.path(name) for name in names}
+    facts = facts_of_files({name: path.read_bytes() for name, path in paths.items() if path})
+    length = facts.max_seq_length
+    return {
+        "Pooling": facts.pooling,
+        "Length": "the model's own limit" if length is None else f"at most {length:,} tokens",
+        "Normalised": "yes, unit length" if facts.normalized else "no",
+    }
 
 
 def _spectrum_rows(layer: EmbedFilterLayer) -> dict[str, str]:

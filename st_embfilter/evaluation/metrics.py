@@ -85,10 +85,3 @@ def v_measure(embeddings: Floats, labels: Ints, *, seeds: int = 10) -> float:
         for seed in range(seeds)
     ]
     return float(np.mean(scores))
-
-
-def spearman(x: Floats, y: Floats) -> float:
-    """Spearman's rank correlation, in [-1, 1]."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(x, y).statistic)

@@ -173,7 +173,8 @@ def _pipeline(
         raise FormatError(
             "a portable folder holds Transformer > Pooling > EmbedFilterLayer [> Normalize], got "
             + " > ".join(type(module).__name__ for module in modules)
-            + "; save other pipelines with model.save_pretrained(path)"
+            + "; a saved model is opened with st_embfilter.load to be saved again, other pipelines "
+            "are saved with model.save_pretrained(path)"
         )
     return modules[0], modules[1], modules[2], len(modules) == 4  # type: ignore[return-value]
 

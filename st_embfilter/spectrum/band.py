@@ -7,14 +7,12 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Final, Literal, cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor
 
 from st_embfilter.errors import BandError
-
-Family = Literal["bulk", "offset", "dominant", "secondary", "edges", "random", "optimal"]
 
 #: What each family keeps.
 FAMILIES: Final[dict[str, str]] = {

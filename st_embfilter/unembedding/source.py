@@ -61,6 +61,10 @@ class Source:
     gguf_sha256: str | None = None
     norm: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.name.lower().endswith(".gguf") and not os.path.exists(self.name):
+            raise UnembeddingError(f"a GGUF file must exist, got {self.name}; check the path")
+
     @classmethod
     def of(cls, source: str | os.PathLike[str] | Source, **options: Any) -> Source:
         """A source by its name, or itself.

@@ -40,7 +40,15 @@ def test_build_and_inspect(tmp_path: Path) -> None:
     metadata = json.loads((target / "embfilter.json").read_text())
     squeezed = re.sub(r"\s+", "", shown.output)
     assert metadata["unembedding"]["sha256"] in squeezed
-    for fact in ("openstax-lm", "8,192 x 256 float16", "tied to the", "directions 96 to 159"):
+    for fact in (
+        "openstax-lm",
+        "8,192 x 256 float16",
+        "tied to the",
+        "directions 96 to 159",
+        "Pooling mean",
+        "Length at most 512 tokens",
+        "Normalised yes",
+    ):
         assert fact in text(shown)
     assert max(map(len, shown.output.splitlines())) <= 80
 

@@ -164,6 +164,7 @@ def test_noise_in_a_file(name: str, copy: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "says"),
     [
+        ("build nope.gguf -o {out}", "a GGUF file must exist, got nope.gguf; check the path"),
         ("build {lm} -o {out} --device gpu", "must be a device that torch has here"),
         ("build {lm} -o {out} --device meta:x", "must be a device that torch has here"),
         ("build {lm} -o {out} --band random:99999999999999999999", r"seed must be in \[0, 2\*\*63"),
