@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 import st_embfilter
+from st_embfilter.errors import BackboneError
 from st_embfilter.saved.verify import verify
 from tests.conftest import TEXTS, MakeLM
 
@@ -92,3 +93,14 @@ def test_a_checkpoint_that_says_no_dtype(make_lm: MakeLM, tmp_path: Path) -> Non
         assert dtype == (asked or torch.bfloat16)
         unchanged = (folder / "config.json").read_bytes() == (lm / "config.json").read_bytes()
         assert unchanged == (asked is None)
+
+
+def test_load_tries_one_token(make_lm: MakeLM, tmp_path: Path) -> None:
+    lm, _ = make_lm()
+    model = st_embfilter.from_causal_lm(lm, device="cpu", show_progress_bar=False)
+    folder = st_embfilter.save_pretrained(model, tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_bytes())
+    config["rms_norm_eps"] = float("nan")  # whatever the weights
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match="finite hidden states"):
+        st_embfilter.load(folder, device="cpu")
