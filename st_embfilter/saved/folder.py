@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,6 +48,7 @@ from st_embfilter.saved.card import (
     facts_of_files,
     render,
 )
+from st_embfilter.saved.cast import cast_weights, other_dtype, state_dtype
 from st_embfilter.saved.layout import (
     CARD_FILE,
     DENSE_CONFIG,
@@ -78,7 +80,9 @@ def save_pretrained(
 
     The folder appears complete or not at all: it is written beside the target and renamed. Files
     of the backbone are copied unchanged from where it was loaded; a backbone whose weights are no
-    longer those is saved by transformers instead.
+    longer those is saved by transformers instead. In another dtype than the checkpoint's, its
+    tensors are cast on the way, but for an unembedding matrix that this would round: so the filter
+    can still be proven.
 
     A model with ECHO or MetaEOL is saved in plugin form; a log line says so.
 
@@ -238,12 +242,20 @@ def write_model(
     source = source_folder(model)
     if source is not None and is_unchanged(inner, source):
         check_links(source)  # no file of this machine becomes part of a model
+        dtype = other_dtype(inner, source)
+        head = _pipeline(model)[2].metadata.provenance.tensor
         kept = blocks_to_keep(inner, Source(str(source)))
         if kept is not None:
             cut_checkpoint(Source(str(source)), folder, kept)
+            for file in folder.glob("*.safetensors") if dtype is not None else ():
+                cast_weights(file, file, inner, head)
+        elif dtype is not None:
+            place = partial(cast_weights, model=inner, unembedding=head)
         for file in backbone_files(source) if kept is None else ():
             large = file.suffix in (".safetensors", ".bin")
             (place if large else shutil.copyfile)(file, folder / file.name)
+        if dtype is not None:
+            state_dtype(folder, dtype)
         patch = tokenizer_patch(source, model.tokenizer)
         if patch is not None:
             (folder / TOKENIZER_CONFIG).write_bytes(patch)

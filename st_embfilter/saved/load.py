@@ -6,10 +6,12 @@ import os
 from typing import Any, Final
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense
+from sentence_transformers.sentence_transformer.modules import Dense, Transformer
+from torch import nn
 
 from st_embfilter.errors import BackboneError, EmbedFilterError, FormatError
 from st_embfilter.files.tensors import ModelFiles
+from st_embfilter.model.backbone import measured
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import EmbedFilterLayer, filter_of, read_filter
 from st_embfilter.model.modules_file import (
@@ -76,6 +78,9 @@ def load(
         if found is not None:
             set_static_metadata(model, found.metadata)
         return model
+    backbone = model[0]
+    if isinstance(backbone, Transformer) and isinstance(backbone.auto_model, nn.Module):
+        measured(backbone)  # not where another runtime has the backbone
     if filter_of(model) is not None:
         return model
     dense = next(module for module in model.children() if isinstance(module, Dense))

@@ -85,13 +85,6 @@ def test_a_trained_backbone_is_not_replaced_by_its_source(make_lm: MakeLM, tmp_p
     assert same(again.encode(["the light"]), model.encode(["the light"]))
 
 
-def test_half_precision_in_memory_still_copies_the_source(make_lm: MakeLM, tmp_path: Path) -> None:
-    folder, _ = make_lm()
-    model = st_embfilter.from_causal_lm(folder, dtype=torch.bfloat16, device="cpu")
-    path = st_embfilter.save_pretrained(model, tmp_path / "saved")
-    assert (path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize("form", ["shards", "bin"])
 def test_other_forms_of_checkpoints(make_lm: MakeLM, tmp_path: Path, form: str) -> None:
     folder, _ = make_lm(shards="20KB" if form == "shards" else "50GB", torch_bin=form == "bin")
