@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo models test test-models test-latest lint types wheel benchmark compat hardening coverage-full figures model-cards results depth calibration clean
+.PHONY: demo models test test-models test-latest lint types wheel benchmark compat hardening coverage-full figures model-cards results results-demo-lm depth calibration clean
 
 LM ?= smollm2
 demo: $(VENV)/.ready  ## set up, fetch a real LM (93 MB), filter it and show what changes; LM=openstax is offline
@@ -57,9 +57,13 @@ hardening: $(VENV)/.ready-dev  ## hostile inputs, crashes, soak; HARDENING=--wri
 model-cards: $(VENV)/.ready  ## render model_cards/
 	$(BIN)/python -m model_cards.render
 
-results: $(VENV)/.ready-dev  ## docs/results-demo-lm.md; needs DATA=folder, see benchmarks/results.py
+results: $(VENV)/.ready-dev  ## docs/results.md: three real LLMs; DATA=folder as benchmarks/demo_lm.py names it; ARGS="--minutes 60"
 	@test -n "$(DATA)" || { echo "give the data: make results DATA=folder"; exit 2; }
-	$(BIN)/python benchmarks/results.py $(DATA)
+	$(BIN)/python -m benchmarks.results $(DATA) $(ARGS)
+
+results-demo-lm: $(VENV)/.ready-dev  ## examples/openstax-lm/results.md
+	@test -n "$(DATA)" || { echo "give the data: make results-demo-lm DATA=folder"; exit 2; }
+	$(BIN)/python -m benchmarks.demo_lm $(DATA)
 
 depth: $(VENV)/.ready-dev  ## docs/depth.md; DATA as for results, MODELS="NAME=FOLDER ..."
 	$(BIN)/python benchmarks/depth.py $(DATA) $(foreach model,$(MODELS),--model $(model))
