@@ -271,6 +271,9 @@ class _Job:
         record = layer.metadata.calibration
         if record is None or not self.rebuild:
             return None, "not repeated; with --rebuild it is"
+        if self.code and not self.source.trust_remote_code:
+            # Its code may be ours, but trust would let other code of the folder run too.
+            return None, f"runs {', '.join(self.code)}; with --trust-remote-code it is repeated"
         if alone:
             return None, "needs the model that the filter was calibrated in; verify that one"
         if self.texts is not None:
@@ -282,10 +285,9 @@ class _Job:
         else:
             try:
                 texts = sample_texts(
-                    self.source.name,
+                    self.source,
                     record.texts,
                     seed=record.seed or 0,
-                    trust_remote_code=self.source.trust_remote_code,
                     show_progress_bar=self.bar,
                 )
             except (EmbedFilterError, OSError, ValueError) as error:
@@ -294,7 +296,7 @@ class _Job:
             if self.texts is not None:
                 return None, "the texts given are not those that it was made with"
             return None, "sampling gives other texts with these library versions or this machine"
-        model = load(self.source.name, trust_remote_code=bool(self.code), device="cpu")
+        model = load(self.source, device="cpu")
         projection = spectrum.projection(layer.metadata.band)
         bare = EmbedFilterLayer(
             projection if gain is None else projection / gain,

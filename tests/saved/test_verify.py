@@ -402,6 +402,24 @@ def test_every_recipe_that_is_saved(saved: Path, tmp_path: Path, recipe: str) ->
         assert results(path, rebuild=False)["modules"] is False
 
 
+def test_edited_code_never_runs_without_trust(saved: Path, tmp_path: Path) -> None:
+    model = st_embfilter.from_causal_lm(
+        saved.parent / "lm",
+        prompt="echo",
+        calibrate=CALIBRATION,
+        device="cpu",
+        show_progress_bar=False,
+    )
+    path = st_embfilter.save_pretrained(model, tmp_path / "model")
+    assert results(path, texts=CALIBRATION)["calibration"] is None
+    assert results(path, texts=CALIBRATION, trust_remote_code=True)["calibration"] is True
+    file = path / "echo_pooling.py"
+    file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + file.read_text())
+    found = results(path, texts=CALIBRATION)
+    assert (found["modules"], found["calibration"]) == (False, None)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_matrix_is_read_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     blocks = Unembedding.blocks
