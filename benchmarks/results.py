@@ -262,7 +262,7 @@ def page(rows: Sequence[Result]) -> str:
         "## Beside the paper",
         "",
         "The paper's Qwen2.5-0.5B on all MTEB tasks of a kind, and Qwen2.5-Coder-0.5B-Instruct,",
-        "quantised to 4 to 8 bits, on one data set of that kind here: the sizes of effects compare,",
+        "quantised to 4 to 8 bits, on one data set of that kind here: sizes of effects compare,",
         "the scores do not.",
         "",
         *beside_the_paper(rows),
