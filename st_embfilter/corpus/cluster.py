@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from st_embfilter import errors
 from st_embfilter.corpus.encoder import Encoder, complete, open_model
 from st_embfilter.corpus.folder import Folder
 from st_embfilter.corpus.inputs import MARKS, Input, Position, Rows, index_rows
@@ -26,7 +27,6 @@ from st_embfilter.corpus.work import calibrate, encode_shard, progress_bar
 from st_embfilter.errors import (
     EmbedFilterError,
     MissingPackageError,
-    OutputError,
     ProvenanceError,
     WorkerError,
 )
@@ -113,7 +113,11 @@ def _run(
                 )
                 try:
                     for row in shards.iter_rows():
-                        shard = Shard.of_json(json.loads(row["shard"]))
+                        line = json.loads(row["shard"])
+                        if "error" in line:
+                            kind = getattr(errors, line["error"], errors.OutputError)
+                            raise kind(line["message"])
+                        shard = Shard.of_json(line)
                         folder.add(shard)
                         bar.update(shard.end.number - shard.start.number)
                 except ray.exceptions.RayError as error:
@@ -194,11 +198,12 @@ class _Worker:
                     self._ranges,
                     strict=self._strict,
                 )
-            except OSError as error:
-                reason = error.strerror or error
-                raise OutputError(f"cannot write {self._path}: {reason}") from error
-            assert shard is not None  # noqa: S101  # the rows were counted
-            lines.append(json.dumps(asdict(shard)))
+                assert shard is not None  # noqa: S101  # the rows were counted
+                lines.append(json.dumps(asdict(shard)))
+            except (EmbedFilterError, OSError) as error:  # Ray would turn it into text
+                kind = type(error).__name__ if isinstance(error, EmbedFilterError) else ""
+                reason = f"cannot write {self._path}: {getattr(error, 'strerror', None) or error}"
+                lines.append(json.dumps({"error": kind, "message": str(error) if kind else reason}))
         return {"shard": lines}
 
 

@@ -62,13 +62,17 @@ class Folder:
     def opened(self) -> Iterator[Folder]:
         """The folder, made or gone on with, and locked against other processes."""
         try:
-            with self.working():
+            try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 if (self.path / MANIFEST).exists():
                     self._read_manifest()
                     (self.path / _JOURNAL).unlink(missing_ok=True)
                 else:
                     self._open_journal()
+            except OutputError:
+                raise
+            except OSError as error:
+                raise OutputError(f"cannot write {self.path}: {_reason(error)}") from error
             yield self
         finally:
             if self._journal is not None:
@@ -83,20 +87,18 @@ class Folder:
             CorpusError: As it was.
             WorkerError: As it was.
         """
-        count = len(self.shards)
-        kept = (
-            f"{count} finished shard{'' if count == 1 else 's'} stay in {self.path}, and the same "
-            "command goes on from there"
-        )
         try:
             yield
-        except (CorpusError, WorkerError) as error:
-            raise type(error)(f"{error}; {kept}") from error
-        except OutputError:
-            raise
-        except OSError as error:
-            reason = error.strerror or error
-            raise OutputError(f"cannot write {self.path}: {reason}; {kept}") from error
+        except (CorpusError, WorkerError, OSError) as error:
+            if isinstance(error, OutputError) and " finished shard" in str(error):
+                raise  # from an inner block
+            count = len(self.shards)
+            ours = isinstance(error, CorpusError | WorkerError | OutputError)
+            reason = str(error) if ours else f"cannot write {self.path}: {_reason(error)}"
+            raise (type(error) if ours else OutputError)(
+                f"{reason}; {count} finished shard{'' if count == 1 else 's'} stay in {self.path}, "
+                "and the same command goes on from there"
+            ) from error
 
     def _read_manifest(self) -> None:
         manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
@@ -195,6 +197,10 @@ class Folder:
             name.replace(self.path / MANIFEST)
             (self.path / _JOURNAL).unlink()
         self.complete = True
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _short(value: object) -> str:

@@ -35,7 +35,7 @@ def records_of(
             if not content.strip():
                 yield None, None, BLANK, len(line)  # a line, and no row
                 continue
-            record = json.loads(content)
+            record = json.loads(content.decode())
         except UnicodeDecodeError:
             yield None, None, "broken UTF-8", len(line)
         except (ValueError, RecursionError):

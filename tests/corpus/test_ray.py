@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -57,11 +58,11 @@ def test_two_workers_one_of_which_is_killed(model: Path, tmp_path: Path) -> None
         """Kills a worker when there are two and some shards are done."""
         while not killed:
             time.sleep(0.1)
-            workers = [
-                process
-                for process in psutil.Process().children(recursive=True)
-                if any("MapWorker" in part for part in process.cmdline())
-            ]
+            workers = []
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):  # it has gone
+                    if "MapWorker" in " ".join(process.cmdline()):
+                        workers.append(process)
             if len(list((tmp_path / "out").glob("shard-*"))) >= 3 and len(workers) == 2:
                 os.kill(workers[0].pid, signal.SIGKILL)
                 killed.append(workers[0].pid)
