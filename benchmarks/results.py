@@ -193,10 +193,10 @@ def beside_the_paper(rows: Sequence[Result]) -> Iterator[str]:
             and row.task_type == kind
             and row.task != "Paraphrases"
         ]
-        ours = "| | | |"
-        if here:
-            first, half = of(here, "raw")[0], of(here, "bulk", 1 / 2)[0]
-            ours = f"| {100 * first.score:.1f} | {100 * half.score:.1f} | {100 * half.delta:+.1f} |"
+        if not here:
+            continue
+        first, half = of(here, "raw")[0], of(here, "bulk", 1 / 2)[0]
+        ours = f"| {100 * first.score:.1f} | {100 * half.score:.1f} | {100 * half.delta:+.1f} |"
         yield (
             f"| {TITLES[recipe]} | {kind} | {raw:.1f} | {filtered:.1f} | {filtered - raw:+.1f} "
             f"{ours}"
@@ -250,7 +250,7 @@ def page(rows: Sequence[Result]) -> str:
         "The models are dequantised GGUF files in float32 arithmetic, see `examples/models.py`.",
         "Banking77 is cut to 20 test and 16 training texts a class, StackOverflow to 150 titles a",
         "class; `Paraphrases` are the project's demo texts, which avoid each other's words.",
-        "`Depth` tells what earlier layers give: [depth.md](depth.md).",
+        "[depth.md](depth.md) tells what earlier layers give.",
         "",
         "## What the filter is compared with",
         "",
@@ -261,6 +261,7 @@ def page(rows: Sequence[Result]) -> str:
         "",
         "## Beside the paper",
         "",
+        "Only what has been measured here; the command goes on where it was stopped.",
         "The paper's Qwen2.5-0.5B on all MTEB tasks of a kind, and Qwen2.5-Coder-0.5B-Instruct,",
         "quantised to 4 to 8 bits, on one data set of that kind here: sizes of effects compare,",
         "the scores do not.",
