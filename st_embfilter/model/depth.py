@@ -37,6 +37,7 @@ from st_embfilter.files.tensors import (
 )
 from st_embfilter.files.writer import RawTensor, raw_tensors, write_safetensors
 from st_embfilter.model.backbone import check_links, small_files
+from st_embfilter.text import read_json
 from st_embfilter.unembedding.adapter import ADAPTER_CONFIG
 from st_embfilter.unembedding.head import meta_model, stored_names
 from st_embfilter.unembedding.source import CONFIG_FILE, Source
@@ -317,7 +318,9 @@ def cut_checkpoint(source: Source, target: Path, layers: int) -> None:
         UnembeddingError: If config or weights are missing or damaged.
     """
     config = source.config()
-    document = json.loads(_local(source.files, CONFIG_FILE).read_bytes())
+    document = read_json(
+        _local(source.files, CONFIG_FILE).read_bytes(), CONFIG_FILE, DepthError, infinity=True
+    )
     checkpoint = open_checkpoint(source.files)
     options = {"masked_lm": source.masked_lm, "trust_remote_code": source.trust_remote_code}
     whole = meta_model(config, **options)

@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ with warnings.catch_warnings():
     mteb = pytest.importorskip("mteb", reason="the extra `eval` is not installed")
     from datasets import Dataset, DatasetDict
 
-    from st_embfilter.evaluation import tasks as local_tasks
     from st_embfilter.evaluation.mteb import MTEBTask, mteb_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mteb, datasets and their dependencies
@@ -244,7 +244,7 @@ def test_local_tasks_give_the_score_of_mteb(
     task = ready(make)
     if make is clustering:
         task.max_document_to_embed = None
-        monkeypatch.setattr(local_tasks, "CLUSTERED_TEXTS", task.max_documents_per_cluster)
+        mine = replace(mine, size=task.max_documents_per_cluster)
     encoder = Filtered(store, BULK.transforms(raw.spectrum)[0])
     theirs = MTEBTask(task, raw.model).run(encoder).score
     # MTEB rounds retrieval scores to five digits.

@@ -267,7 +267,7 @@ def test_a_measured_order_is_a_configuration() -> None:
     )
     assert found[1].score == found[2].score
     assert (found[1].needs_data, found[1].fitted_on) == (True, "token counts")
-    with pytest.raises(BandError, match=r"measure one with spectroscopy.optimal_band"):
+    with pytest.raises(BandError, match="is measured on a model"):
         Configuration("optimal", 8)
 
 

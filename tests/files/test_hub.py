@@ -119,6 +119,7 @@ def test_blocks_are_requests_and_memory_is_bounded(
     assert peak < 6 * block < stored.nbytes
 
 
+@pytest.mark.filterwarnings("ignore::st_embfilter.errors.DegenerateEdgeWarning")  # at limit 0
 def test_a_remote_matrix_is_read_once_whatever_its_spectrum(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +138,7 @@ def test_a_whole_model_is_downloaded_once(hub: LocalHub, make_lm: MakeLM) -> Non
     model = from_causal_lm("org/lm", device="cpu", show_progress_bar=False)
     assert same_filter(model[2], folder)
     size = (folder / "model.safetensors").stat().st_size
-    assert size <= hub.sent(RANGE) <= size + 4000
+    assert size <= hub.sent(RANGE) <= size + 10_000  # and its header, a few times
 
 
 def test_a_band_that_does_not_fit_costs_no_download(hub: LocalHub) -> None:

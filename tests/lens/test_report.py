@@ -396,7 +396,7 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["/nowhere", "--report", "x.html"], "a model folder must exist, got /nowhere"),
-        ([DEMO_LM, "tea", "--layer", "7"], "layer must be from 0 (the token embeddings) to 6"),
+        ([DEMO_LM, "tea", "--layer", "7"], "layers must be an int in [0, 6]"),
         ([DEMO_LM, "--corpus", "none.txt"], "must be a file or a dataset's Hub id"),
         ([DEMO_LM, "--counts", DEMO_LM / "config.json"], "must hold token counts"),
         ([DEMO_LM, "tea", "--band", "middle"], "band must be one of bulk"),

@@ -130,8 +130,8 @@ def test_optimal_keeps_the_smallest_shifts_in_nested_order() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"family": "optimal"}, "got family 'optimal' without it"),
-        ({"family": "bulk", "order": (0, 1)}, "got family 'bulk' with it"),
+        ({"family": "optimal"}, "'optimal' is measured on a model, got its name alone"),
+        ({"family": "bulk", "order": (0, 1)}, "belongs to family 'optimal', got family 'bulk'"),
         ({"family": "optimal", "order": (0, 0, 2)}, "every direction from 0 to d - 1 once"),
         ({"family": "optimal", "order": (1, 2, 3)}, "every direction from 0 to d - 1 once"),
         ({"family": "optimal", "order": (0.0, 1.0)}, "as ints"),
@@ -163,7 +163,7 @@ def test_the_order_is_saved_and_rebuilds_the_filter() -> None:
     for order, message in (
         (document["filter"]["order"][:-1], "must hold all 32 directions, got 31|once"),
         ("0 1 2", "order must be list or null"),
-        (None, "without it"),
+        (None, "got its name alone"),
     ):
         document["filter"]["order"] = order
         with pytest.raises(FormatError, match=message):
