@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -71,6 +71,9 @@ def evaluate(
     ] = None,
     prompt: Annotated[str | None, _what(help="Prompt recipe.")] = None,
     pooling: Annotated[str | None, _what(help="mean, lasttoken, ...")] = None,
+    layers: Annotated[
+        str | None, _what(help="Depths, from one encoding: all, or numbers like 0,6,12.")
+    ] = None,
     normalize: Annotated[bool, _what("--normalize", help="Unit length everywhere.")] = False,
     max_seq_length: Annotated[int, _what(help="Longest text in tokens.", min=1)] = 512,
     search: Annotated[
@@ -111,6 +114,9 @@ def evaluate(
         )
     if dev and not search:
         raise typer.BadParameter("--dev belongs to --search")
+    if layers and search:
+        raise typer.BadParameter("--layers must come without --search")
+    depths = None if layers is None else _depths(layers)
     from st_embfilter.evaluation.sweep import raw_model, sweep
     from st_embfilter.files.staging import check_file
     from st_embfilter.saved.layout import RESULTS_FILE
@@ -137,7 +143,14 @@ def evaluate(
     }
     found = _search(raw, data, tasks, how) if search else None
     rows = save(
-        sweep(raw, tasks, configurations(raw, band, keeps, baselines), fit_texts=data.sample, **how)
+        sweep(
+            raw,
+            tasks,
+            configurations(raw, band, keeps, baselines),
+            layers=depths,
+            fit_texts=data.sample,
+            **how,
+        )
         if found is None
         else [*found.scan, *found.held_out],
         output,
@@ -254,6 +267,18 @@ def _search(raw: RawModel, data: Data, tasks: Sequence[Task], how: dict[str, Any
         halves = [task.halves() for task in data.local]
         chooses, tasks = [first for first, _ in halves], [second for _, second in halves]
     return search_window(raw, chooses, tasks, **how)
+
+
+def _depths(text: str) -> list[int] | Literal["all"]:
+    """The depths that --layers names."""
+    if text == "all":
+        return "all"
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"--layers takes all, or numbers of blocks like 0,6,12, got {text!r}"
+        ) from error
 
 
 def _mteb_tasks(raw: RawModel, names: Sequence[str]) -> Sequence[Task]:

@@ -30,7 +30,8 @@ def print_results(rows: Sequence[Result]) -> None:
         for row in here:
             spread = "" if row.std is None else f" ±{100 * row.std:.1f}"
             table.add_row(
-                f"{row.configuration}{' *' if row.needs_data else ''}",
+                f"{row.configuration}{' *' if row.needs_data else ''}"
+                + ("" if row.layers is None else f", {row.layers} blocks"),
                 str(row.dims),
                 f"{100 * row.score:.2f}{spread}",
                 *(("", "", "") if row is first else _against_raw(row)),

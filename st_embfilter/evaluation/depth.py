@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,9 +72,10 @@ class DepthStore:
         if not layers or not set(layers) <= set(range(total + 1)):
             raise DepthError(f"layers must be from 0 to {total}, got {list(layers)}")
         self.layers = sorted(set(layers), reverse=True)
-        self._temporary = tempfile.TemporaryDirectory() if cache is None else None
-        place = getattr(self._temporary, "name", "") if cache is None else cache
-        self.folder = Path(place) / f"{fingerprint(model)[:32]}-depth"
+        if cache is None:
+            cache = tempfile.mkdtemp(prefix="st-embfilter-")
+            weakref.finalize(self, shutil.rmtree, cache, ignore_errors=True)
+        self.folder = Path(cache) / f"{fingerprint(model)[:32]}-depth"
 
     @property
     def poolings(self) -> list[str]:
@@ -162,13 +165,13 @@ class _Taps:
             features.clear()
             found.clear()
             features.update(args[0] if args else kwargs["features"])
-
-        def pool(number: int, hidden: Tensor) -> None:
-            if number in found:
+            if features["input_ids"].ndim != 2:
                 raise DepthError(
                     "depths are read in one pass of the model, got a recipe of several passes; use "
                     "another prompt"
                 )
+
+        def pool(number: int, hidden: Tensor) -> None:
             if number in wanted:
                 states = {**features, "token_embeddings": self.norm(hidden)}
                 pooled = [p(dict(states))[FEATURE].float() for p in self.poolings.values()]

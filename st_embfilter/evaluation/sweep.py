@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -172,7 +173,7 @@ def sweep(
     tasks: Sequence[Task],
     configurations: Sequence[Configuration] | None = None,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | Literal["all"] | None = None,
     fit_texts: Sequence[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     batch_size: int = 32,
@@ -188,8 +189,8 @@ def sweep(
         tasks: What to measure on.
         configurations: What to measure, None for `default_configurations`. The raw model is always
             measured, and first.
-        layers: Depths to measure, each with every configuration, from one encoding; None for the
-            whole model. The raw model at its full depth is always measured, and first.
+        layers: Depths to measure, or "all", each with every configuration, from one encoding; None
+            for the whole model. The raw model at its full depth is always measured, and first.
         fit_texts: Texts that data-driven baselines are fitted on; None for a sample of the task's
             own texts, without their labels.
         cache: Folder for raw vectors, None for none.
@@ -234,6 +235,14 @@ def sweep(
                     logger.warning("%s: left out, %s", task.info.name, error)
                     continue
                 outcome = Outcome.mean(outcomes)
+                if not math.isfinite(outcome.score):  # a prompt's last token, before any block
+                    logger.warning(
+                        "%s: %s left out at %s blocks, where all texts have the same embedding",
+                        task.info.name,
+                        configuration.name,
+                        depth,
+                    )
+                    continue
                 drawn = replicates(outcome, resamples, seed) if resamples else None
                 reference = reference or (outcome, drawn)
                 difference = None
@@ -283,7 +292,7 @@ def sweep(
 
 def _stores(
     raw: RawModel,
-    layers: Sequence[int] | None,
+    layers: Sequence[int] | Literal["all"] | None,
     cache: str | os.PathLike[str] | None,
     batch_size: int,
     show_progress_bar: bool,
@@ -297,7 +306,8 @@ def _stores(
     if layers is None:
         return {None: VectorStore(raw.model, **options)}
     full = len(block_stack(backbone_model(raw.model))[1])
-    depths = DepthStore(raw.model, [full, *layers], **options)
+    asked = range(full) if layers == "all" else layers
+    depths = DepthStore(raw.model, [full, *asked], **options)
     return {depth: depths.at(depth) for depth in depths.layers}
 
 
