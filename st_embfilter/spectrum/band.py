@@ -166,7 +166,7 @@ class Band:
         return _growth_order(self.family, d, self.seed)[:k]
 
     def at(self, k: int) -> Band:
-        """The same family at another width."""
+        """The same family at another width k, an int >= 1."""
         return replace(self, keep=k)
 
 

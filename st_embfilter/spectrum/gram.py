@@ -213,7 +213,7 @@ def spectrum_of(
     Args:
         blocks: Called for each pass over the matrix; yields (n, d) row blocks in order.
         d: Number of columns.
-        band: The band that "auto" must get right.
+        band: The band that "auto" must get right; None for half of the bulk, and no warning.
         precision: "float64"; "float32" inside blocks; or "auto": float32, and float64 if the
             measured rounding error would turn the band by more than `FLOAT32_TOLERANCE`, or any
             prefix of it by more than `PREFIX_TOLERANCE`.

@@ -42,10 +42,10 @@ class Calibration:
         source: "self" for texts sampled from the language model, "texts" for given ones.
         texts: Number of different texts used.
         sha256: Hash of the texts, see `texts_hash`.
-        strength: In [0, 1]; 0 is the filter alone, 1 full whitening.
+        strength: Strength of whitening in [0, 1]; 0 is the filter alone, 1 full whitening.
         shrinkage: Weight in [0, 1] of the identity in the covariance, chosen by Ledoit and Wolf's
             formula.
-        seed: Of the sampling; None for given texts.
+        seed: Seed of the sampling; None for given texts.
     """
 
     source: Literal["self", "texts"]
@@ -63,7 +63,7 @@ class Moments:
     Attributes:
         mean: (k,) float64.
         covariance: (k, k) float64, shrunk towards a multiple of the identity.
-        shrinkage: How far, in [0, 1].
+        shrinkage: Weight of that multiple, in [0, 1].
     """
 
     mean: Tensor
@@ -72,7 +72,7 @@ class Moments:
 
 
 def check_strength(strength: float) -> float:
-    """A strength as a float.
+    """A strength of whitening as a float.
 
     Raises:
         CalibrationError: If it is outside [0, 1].
@@ -142,6 +142,10 @@ def affine_map(estimate: Moments, strength: float) -> tuple[Tensor, Tensor]:
     """The map z = A y + b that centres and whitens with the given strength a.
 
     A = S^(-a/2) is symmetric, b = -a A m; at a = 0 it is the identity.
+
+    Args:
+        estimate: Moments of the k filtered dimensions.
+        strength: The strength a, in [0, 1].
 
     Returns:
         A (k, k) and b (k,), float64.
