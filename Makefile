@@ -15,7 +15,7 @@ models: $(VENV)/.ready  ## fetch a language model into the cache; MODEL=smollm2,
 	$(BIN)/python -m examples.models $(MODEL)
 
 test-models: $(VENV)/.ready-dev  ## tests of the language models that `make models MODEL=all` fetched
-	$(BIN)/python -m pytest tests/test_models.py -rs
+	ST_EMBFILTER_TEST_MODELS=1 $(BIN)/python -m pytest tests/test_models.py -rs
 
 test: $(VENV)/.ready-dev  ## set up, then run the tests
 	$(BIN)/python -m pytest -n auto
