@@ -140,7 +140,8 @@ def from_causal_lm(
     wanted = source.norm
     table_dtype = dtype
     source, dtype = readable(source, dtype, show_progress_bar=show_progress_bar)
-    source = replace(source, norm=wanted)
+    if source.norm != wanted:  # a copy would look for the matrix again
+        source = replace(source, norm=wanted)
     unembedding = source.unembedding()  # of a GGUF file, in the dtype that is saved
     load_whole = partial(
         load_backbone,

@@ -138,7 +138,7 @@ def test_a_whole_model_is_downloaded_once(hub: LocalHub, make_lm: MakeLM) -> Non
     model = from_causal_lm("org/lm", device="cpu", show_progress_bar=False)
     assert same_filter(model[2], folder)
     size = (folder / "model.safetensors").stat().st_size
-    assert size <= hub.sent(RANGE) <= size + 10_000  # and its header, a few times
+    assert size <= hub.sent(RANGE) <= size + 4000
 
 
 def test_a_band_that_does_not_fit_costs_no_download(hub: LocalHub) -> None:
