@@ -52,7 +52,7 @@ COMMAND = "make results-demo-lm DATA=..."
 
 def recipes() -> list[str]:
     """Plain text, and the recipes that the package offers."""
-    return ["plain", *(kind.name for kind in typing.get_args(getattr(prompts, "Recipe", None)))]
+    return ["plain", *prompts.RECIPES]
 
 
 def read_tasks(data: Path) -> list[Task]:

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import st_embfilter
+from st_embfilter import PromptEOL
 from st_embfilter.saved.card import RESULTS_FILE, CardFacts, Score, card_of_folder, render
 
 FOLDER = Path(__file__).parent
@@ -52,17 +53,12 @@ def reported(band: str, *rows: tuple[str, int, str]) -> tuple[Score, ...]:
     )
 
 
-def prompteol(template: str) -> dict[str, str]:
-    """The recipe as the metadata of a built model hold it."""
-    return {"recipe": "prompteol", "template": template, "encoding": "portable"}
-
-
 PAPER_MODELS = (
     CardFacts(
         base_model="Qwen/Qwen2.5-0.5B",
         d=896, k=448, band="bulk", start=224, keep=0.5,
         tensor="model.embed_tokens.weight", vocabulary=151_936, dtype="bfloat16", tied=True,
-        prompt=prompteol(EOL), pooling="lasttoken", max_seq_length=512,
+        prompt=PromptEOL(EOL), pooling="lasttoken", max_seq_length=512,
         inherited={
             "license": "apache-2.0",
             "license_link": "https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/LICENSE",
@@ -80,7 +76,7 @@ PAPER_MODELS = (
         base_model="meta-llama/Llama-3.1-8B-Instruct",
         d=4096, k=2048, band="bulk", start=1024, keep=0.5,
         tensor="lm_head.weight", vocabulary=128_256, dtype="bfloat16",
-        prompt=prompteol(EOL), pooling="lasttoken", max_seq_length=512,
+        prompt=PromptEOL(EOL), pooling="lasttoken", max_seq_length=512,
         inherited={
             "license": "llama3.1",
             "language": ["en", "de", "fr", "it", "pt", "hi", "es", "th"],
@@ -97,7 +93,7 @@ PAPER_MODELS = (
         base_model="mistralai/Mistral-7B-Instruct-v0.3",
         d=4096, k=2048, band="offset:128", start=128, keep=0.5,
         tensor="lm_head.weight", vocabulary=32_768, dtype="bfloat16",
-        prompt=prompteol(MISTRAL_EOL), pooling="lasttoken", max_seq_length=512,
+        prompt=PromptEOL(MISTRAL_EOL), pooling="lasttoken", max_seq_length=512,
         inherited={"license": "apache-2.0"},
         results=reported(
             "offset:128",

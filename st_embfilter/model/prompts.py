@@ -5,6 +5,7 @@ Pure data; what a recipe does to a tokenizer and a model is in `prompting.py`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Final, Literal, get_args
@@ -17,10 +18,6 @@ SLOT: Final = "{text}"
 #: How the template of `PromptEOL` becomes tokens.
 Encoding = Literal["portable", "exact"]
 
-#: PromptEOL's template of the paper, and the one of its own that a model family has there.
-_EOL_TEMPLATE: Final = f'Summarize the sentence: "{SLOT}" in one word:"'
-_EOL_TEMPLATES: Final = {"mistral": f'This sentence: "{SLOT}" means [MASK]'}
-
 #: Classification, sentiment, similarity, clustering, keywords.
 _META_TEMPLATES: Final = (
     f'Name the category of the text: "{SLOT}" in one word:"',
@@ -32,11 +29,60 @@ _META_TEMPLATES: Final = (
 
 
 @dataclass(frozen=True)
-class PromptEOL:
+class Recipe(ABC):
+    """What stands around a text. A new recipe is a subclass, a frozen dataclass, in `RECIPES`.
+
+    Its fields are its keys in `embfilter.json` and what it says of itself on a card.
+
+    Attributes:
+        name: Name of the recipe, in `embfilter.json` and for `prompt=`.
+        own_pooling: Mode of `Pooling` that goes with it unless another is asked for; None if its
+            pooling is code of its own.
+    """
+
+    name: ClassVar[str]
+    own_pooling: ClassVar[str | None] = None
+
+    @property
+    @abstractmethod
+    def templates(self) -> tuple[str, ...]:
+        """Templates with `{text}`, one for each pass of the model."""
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the templates become tokens."""
+        return "portable"
+
+    def for_model(self, model_type: str) -> Recipe:
+        """The recipe with the templates that the paper has for a model type; mostly itself."""
+        return self
+
+    @property
+    def option(self) -> str:
+        """The text that `prompt=` takes for it."""
+        return self.name
+
+    def labelled(self) -> list[tuple[str, str]]:
+        """The recipe for people: pairs of a label and a text, one for each entry of a list."""
+        return [
+            (label, text)
+            for label, value in self.to_dict().items()
+            for text in ([value] if isinstance(value, str) else value or [])
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as a JSON object."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        lists = {key: list(value) for key, value in values.items() if isinstance(value, tuple)}
+        return {"recipe": self.name, **values, **lists}
+
+
+@dataclass(frozen=True)
+class PromptEOL(Recipe):
     """A template that asks for the text in one word; the embedding is that of its last token.
 
     Args:
-        template: Any text with one `{text}`; None for the paper's, which depends on the model.
+        template: Text with one `{text}`; None for the paper's, which depends on the model.
         encoding: "portable" (text and template tokenized apart, works in every stack) or "exact"
             (tokenized as one string, as in the paper; needs sentence-transformers >= 5.6).
 
@@ -47,6 +93,11 @@ class PromptEOL:
     """
 
     name: ClassVar[str] = "prompteol"
+    own_pooling: ClassVar[str | None] = "lasttoken"
+
+    #: The template that stands for None, and the one of its own that a model type has.
+    default: ClassVar[str] = f'Summarize the sentence: "{SLOT}" in one word:"'
+    defaults: ClassVar[Mapping[str, str]] = {"mistral": f'This sentence: "{SLOT}" means [MASK]'}
 
     template: str | None = None
     encoding: Encoding = "portable"
@@ -64,24 +115,25 @@ class PromptEOL:
         """The recipe with the paper's template for this model, where it has none of its own."""
         if self.template is not None:
             return self
-        return replace(self, template=_EOL_TEMPLATES.get(model_type, _EOL_TEMPLATE))
+        return replace(self, template=self.defaults.get(model_type, self.default))
 
     @property
     def templates(self) -> tuple[str, ...]:
         """Its one template."""
-        return (self.template or _EOL_TEMPLATE,)
+        return (self.template or self.default,)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The recipe as a JSON object."""
-        return {"recipe": self.name, "template": self.template, "encoding": self.encoding}
+    @property
+    def option(self) -> str:
+        """Its template, or its name as long as it has none of its own."""
+        return self.template or self.name
 
 
 @dataclass(frozen=True)
-class Echo:
+class Echo(Recipe):
     """The text twice; the embedding is the mean over the second one and the closing EOS.
 
     Args:
-        template: Any text with two `{text}`, the second one at its end.
+        template: Text with two `{text}`, the second one at its end.
 
     Raises:
         PromptError: If the template is none of that.
@@ -101,26 +153,18 @@ class Echo:
                 f"embedding, got {self.template!r}"
             )
 
-    def for_model(self, model_type: str) -> Echo:
-        """Itself: the paper has one template for all models."""
-        return self
-
     @property
     def templates(self) -> tuple[str, ...]:
         """Its one template."""
         return (self.template,)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The recipe as a JSON object."""
-        return {"recipe": self.name, "template": self.template}
-
 
 @dataclass(frozen=True)
-class MetaEOL:
+class MetaEOL(Recipe):
     """Several templates as in `PromptEOL`; the embedding is the mean over their last tokens.
 
     Args:
-        templates: At least one; each has one `{text}`. The default ones ask for category, feeling,
+        templates: At least one, each with one `{text}`. The default ones ask for category, feeling,
             meaning, subject and keyword.
 
     Raises:
@@ -142,18 +186,9 @@ class MetaEOL:
         for template in self.templates:
             _check_template(template, 1)
 
-    def for_model(self, model_type: str) -> MetaEOL:
-        """Itself: its templates are the same for all models."""
-        return self
 
-    def to_dict(self) -> dict[str, Any]:
-        """The recipe as a JSON object."""
-        return {"recipe": self.name, "templates": list(self.templates)}
-
-
-Recipe = PromptEOL | Echo | MetaEOL
-
-_RECIPES: Final[dict[str, type[Recipe]]] = {kind.name: kind for kind in (PromptEOL, Echo, MetaEOL)}
+#: Every recipe by its name.
+RECIPES: Final[dict[str, type[Recipe]]] = {kind.name: kind for kind in (PromptEOL, Echo, MetaEOL)}
 
 
 def parse_prompt(prompt: str | Recipe | None, encoding: Encoding | None = None) -> Recipe | None:
@@ -161,32 +196,31 @@ def parse_prompt(prompt: str | Recipe | None, encoding: Encoding | None = None) 
 
     Args:
         prompt: "prompteol", "echo", "metaeol", a template, a recipe, or None for plain text.
-        encoding: Of `PromptEOL`; None for the recipe's own.
+        encoding: Encoding of a recipe that offers several; None for the recipe's own.
 
     Raises:
         PromptError: If the name is unknown, the template malformed, or there is no such encoding
             of this recipe.
     """
-    recipe: Recipe | None
     if prompt is None or isinstance(prompt, Recipe):
         recipe = prompt
-    elif isinstance(prompt, str) and prompt in _RECIPES:
-        recipe = _RECIPES[prompt]()
+    elif isinstance(prompt, str) and prompt in RECIPES:
+        recipe = RECIPES[prompt]()
     elif isinstance(prompt, str) and ("{" in prompt or "}" in prompt):
         recipe = PromptEOL(prompt)
     else:
         raise PromptError(
-            f"prompt must be None (plain text), one of {', '.join(_RECIPES)}, or a template with "
+            f"prompt must be None (plain text), one of {', '.join(RECIPES)}, or a template with "
             f"one {SLOT}, got {prompt!r}"
         )
     if encoding is None:
         return recipe
-    if not isinstance(recipe, PromptEOL):
+    if recipe is None or "encoding" not in recipe.to_dict():
         raise PromptError(
             f"prompt_encoding is for PromptEOL and templates with one {SLOT}, got {encoding!r} "
             f"with prompt={prompt!r}; leave it out"
         )
-    return replace(recipe, encoding=encoding)
+    return recipe_from_dict({**recipe.to_dict(), "encoding": encoding})
 
 
 def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
@@ -196,9 +230,9 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         PromptError: If a key is missing, unknown or malformed.
     """
     name = data.get("recipe")
-    if not isinstance(name, str) or name not in _RECIPES:
-        raise PromptError(f"recipe must be one of {', '.join(_RECIPES)}, got {name!r}")
-    kind = _RECIPES[name]
+    if not isinstance(name, str) or name not in RECIPES:
+        raise PromptError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    kind = RECIPES[name]
     keys = [field.name for field in fields(kind)]
     if set(data) != {"recipe", *keys}:
         raise PromptError(f"a {name} recipe has the keys {['recipe', *keys]}, got {list(data)}")
@@ -209,7 +243,7 @@ def describe_recipe(recipe: Recipe | None) -> str:
     """One line about a recipe: its name, its encoding and its templates."""
     if recipe is None:
         return "none (plain text)"
-    encoding = f" ({recipe.encoding})" if isinstance(recipe, PromptEOL) else ""
+    encoding = f" ({recipe.encoding})" if "encoding" in recipe.to_dict() else ""
     return f"{recipe.name}{encoding}: {' | '.join(recipe.templates)}"
 
 

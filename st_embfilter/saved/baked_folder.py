@@ -27,7 +27,7 @@ from st_embfilter.model.backbone import backbone_files, check_links
 from st_embfilter.model.baked import reading_rows, rotation_of, row_spans, writing_rows
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.modules_file import MODULES_FILE
-from st_embfilter.model.prompts import PromptEOL, recipe_from_dict
+from st_embfilter.model.prompts import recipe_from_dict
 from st_embfilter.saved.load import read_saved
 from st_embfilter.text import read_json
 from st_embfilter.unembedding.head import meta_model, stored_name
@@ -84,7 +84,7 @@ def bakeable(source: Source) -> Bakeable:
             "build the filter without calibration"
         )
     recipe = None if metadata.prompt is None else recipe_from_dict(metadata.prompt)
-    if not isinstance(recipe, PromptEOL | None):
+    if recipe is not None and recipe.own_pooling is None:
         raise FormatError(
             f"a baked model reads one text once, got the prompt {recipe.name!r}, which needs code; "
             "build the model with prompteol, a template, or none"
@@ -96,7 +96,7 @@ def bakeable(source: Source) -> Bakeable:
     return Bakeable(
         layer,
         {"cls_token": "cls", "mean_tokens": "mean"}.get(name, name),
-        None if recipe is None else recipe.template,
+        None if recipe is None else recipe.templates[0],
     )
 
 

@@ -26,6 +26,7 @@ from st_embfilter.files.tensors import FolderFiles, ModelFiles
 from st_embfilter.model.depth import Depth
 from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE, parse_modules
+from st_embfilter.model.prompts import Recipe, recipe_from_dict
 from st_embfilter.saved.layout import (
     CARD_FILE,
     LENS_FILE,
@@ -138,7 +139,7 @@ class CardFacts:
         dtype: As stored.
         tied: Whether it is also the input embedding.
         sha256: Of its bytes.
-        prompt: The recipe as in the metadata; None for plain text.
+        prompt: Prompt recipe; None for plain text.
         calibration: How the filter was calibrated, as in the metadata; None for the filter alone.
         depth: How many of the base model's blocks it has; None for all.
         lens: A section in Markdown about nearest tokens and anisotropy, see `report.card_section`.
@@ -164,7 +165,7 @@ class CardFacts:
     dtype: str | None = None
     tied: bool = False
     sha256: str | None = None
-    prompt: Mapping[str, Any] | None = None
+    prompt: Recipe | None = None
     calibration: Calibration | None = None
     depth: Depth | None = None
     lens: str | None = None
@@ -220,7 +221,7 @@ def facts_of_files(
         dtype=source.dtype,
         tied=source.tied,
         sha256=source.sha256,
-        prompt=metadata.prompt,
+        prompt=None if metadata.prompt is None else recipe_from_dict(metadata.prompt),
         calibration=metadata.calibration,
         depth=metadata.depth,
         pooling="mean" if pooling is None else _pooling_mode(files, *pooling),
@@ -250,8 +251,8 @@ def render(facts: CardFacts, *, repo_id: str | None = None) -> str:
         base=facts.base_model or "a language model",
         linked=_link(facts),
         window=_window(facts),
-        recipe=recipe(facts.prompt),
-        exact=_is_exact(facts.prompt),
+        recipe=[] if facts.prompt is None else facts.prompt.labelled(),
+        exact=_is_exact(facts),
         widths=_widths(facts),
         measured=list(_tables(facts, measured)),
         reported=list(_tables(facts, [r for r in facts.results if r.source is not None])),
@@ -266,20 +267,6 @@ def render(facts: CardFacts, *, repo_id: str | None = None) -> str:
     )
     block = yaml_dump(_metadata(facts), sort_keys=False)
     return f"---\n{block}---\n\n{body.strip()}\n"
-
-
-def recipe(prompt: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """A prompt recipe as pairs of a label and a text, lists written out entry by entry."""
-    pairs: list[tuple[str, str]] = []
-    for key, value in (prompt or {}).items():
-        label = key.replace("_", " ")
-        if isinstance(value, Mapping):
-            pairs += [(f"{label}: {name}", str(text)) for name, text in value.items()]
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            pairs += [(label, str(text)) for text in value]
-        elif value is not None:
-            pairs.append((label, str(value)))
-    return pairs
 
 
 def inherited(card: str | None) -> dict[str, Any]:
@@ -506,8 +493,8 @@ def _build_command(facts: CardFacts, repo_id: str | None) -> str:
         ("--band", None if facts.band == "bulk" else facts.band),
         ("--layers", None if facts.depth is None else str(facts.depth.layers)),
         ("--token-weights", None if facts.depth is None else facts.depth.token_weights),
-        ("--prompt", _prompt_option(facts.prompt)),
-        ("--prompt-encoding", "exact" if _is_exact(facts.prompt) else None),
+        ("--prompt", None if facts.prompt is None else facts.prompt.option),
+        ("--prompt-encoding", "exact" if _is_exact(facts) else None),
         ("--calibrate", _calibrate_option(facts.calibration)),
         ("--calibration-strength", _strength_option(facts.calibration)),
         ("--calibration-size", _size_option(facts.calibration)),
@@ -551,23 +538,13 @@ def _seed_option(calibration: Calibration | None) -> str | None:
 
 
 def _pooling_option(facts: CardFacts) -> str | None:
-    """What `--pooling` takes: ECHO and MetaEOL have a pooling of their own."""
-    own = {None: "mean", "prompteol": "lasttoken"}.get((facts.prompt or {}).get("recipe"))
+    """What `--pooling` takes; None where it is the recipe's own."""
+    own = "mean" if facts.prompt is None else facts.prompt.own_pooling
     return None if own in (None, facts.pooling) else facts.pooling
 
 
-def _is_exact(prompt: Mapping[str, Any] | None) -> bool:
-    return prompt is not None and prompt.get("encoding") == "exact"
-
-
-def _prompt_option(prompt: Mapping[str, Any] | None) -> str | None:
-    """What `--prompt` takes: the template of a recipe that has one slot, else its name."""
-    if not prompt:
-        return None
-    template = prompt.get("template")
-    if isinstance(template, str) and template.count("{text}") == 1:
-        return template
-    return str(prompt.get("recipe"))
+def _is_exact(facts: CardFacts) -> bool:
+    return facts.prompt is not None and facts.prompt.encoding == "exact"
 
 
 def _form(types: Iterable[str]) -> Form:

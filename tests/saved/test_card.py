@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import st_embfilter
 from model_cards.render import FOLDER as CARDS
 from model_cards.render import PAPER_MODELS, cards
+from st_embfilter import MetaEOL, PromptEOL
 from st_embfilter.cli.app import app
 from st_embfilter.errors import FormatError
 from st_embfilter.saved.card import (
@@ -56,7 +57,7 @@ FACTS = CardFacts(
     vocabulary=1000,
     dtype="bfloat16",
     sha256="ab" * 32,
-    prompt={"recipe": "metaeol", "templates": ['In one word: "{text}"', "Keyword of `{text}`:"]},
+    prompt=MetaEOL(('In one word: "{text}"', "Keyword of `{text}`:")),
     pooling="lasttoken",
     normalized=True,
     max_seq_length=128,
@@ -140,7 +141,7 @@ def test_nothing_is_made_up_about_an_unknown_base() -> None:
 
 
 def test_backticks_in_a_template_stay_in_their_code() -> None:
-    text = render(replace(FACTS, prompt={"recipe": "prompteol", "template": "`a` ``{text}``"}))
+    text = render(replace(FACTS, prompt=PromptEOL("`a` ``{text}``")))
     assert "- template: ``` `a` ``{text}`` ```" in text
 
 
@@ -177,8 +178,7 @@ def test_commands_name_no_folder_of_the_machine() -> None:
 
 
 def test_the_exact_encoding_names_the_version_it_needs() -> None:
-    prompt = {"recipe": "prompteol", "template": "{text}:", "encoding": "exact"}
-    text = render(replace(FACTS, form="portable", prompt=prompt))
+    text = render(replace(FACTS, form="portable", prompt=PromptEOL("{text}:", "exact")))
     assert "version 5.6 or later" in text
     assert "--prompt-encoding exact" in text
     assert "5.6" not in render(replace(FACTS, form="portable"))
