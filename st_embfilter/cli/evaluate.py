@@ -77,7 +77,11 @@ def evaluate(
     normalize: Annotated[bool, _what("--normalize", help="Unit length everywhere.")] = False,
     max_seq_length: Annotated[int, _what(help="Longest text in tokens.", min=1)] = 512,
     search: Annotated[
-        bool, _choice("--search", help="Choose a window on --dev, judge it on the data above.")
+        bool,
+        _choice(
+            "--search",
+            help="Choose a window, and one of --layers, on --dev; judge it on the data above.",
+        ),
     ] = False,
     dev: Annotated[
         Files, _choice(help="STS pairs that choose. (default: half of each local task's data)")
@@ -114,8 +118,6 @@ def evaluate(
         )
     if dev and not search:
         raise typer.BadParameter("--dev belongs to --search")
-    if layers and search:
-        raise typer.BadParameter("--layers must come without --search")
     depths = None if layers is None else _depths(layers)
     from st_embfilter.evaluation.sweep import raw_model, sweep
     from st_embfilter.files.staging import check_file
@@ -141,7 +143,7 @@ def evaluate(
         "batch_size": batch_size,
         "show_progress_bar": not quiet,
     }
-    found = _search(raw, data, tasks, how) if search else None
+    found = _search(raw, data, tasks, {**how, "layers": depths}) if search else None
     rows = save(
         sweep(
             raw,
@@ -160,10 +162,15 @@ def evaluate(
     else:
         print_search(found, model)
     if figure is not None:
-        from st_embfilter.evaluation.figures import score_figure, window_figure
+        from st_embfilter.evaluation import figures
         from st_embfilter.lens.figures import save_figure
 
-        save_figure(score_figure(rows) if found is None else window_figure(found.scan), figure)
+        if found is not None:
+            there = [row for row in found.scan if row.layers == found.layers]
+            drawn = figures.window_figure(there)
+        else:
+            drawn = (figures.score_figure if depths is None else figures.depth_figure)(rows)
+        save_figure(drawn, figure)
     for file in filter(None, (output, figure)):
         out.print(f"Saved to {file}", highlight=False)
 

@@ -57,8 +57,9 @@ def print_search(found: WindowSearch, model: str) -> None:
     """Prints the held-out rows of a window search, its warning, and how to build the window."""
     print_results(found.held_out)
     out.print(f"\n{found.warning}", highlight=False)
+    depth = "" if found.layers is None else f"--layers {found.layers} "
     out.print(
         f"Build it: st-embfilter build {model} --band {found.band} --keep {found.band.keep} "
-        "--output FOLDER",
+        f"{depth}--output FOLDER",
         highlight=False,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any, Final
 
 from st_embfilter.errors import DataError
@@ -112,6 +113,57 @@ def window_figure(rows: Sequence[Result]) -> Figure:
     axes.set_title(", ".join(tasks), fontsize=10)
     axes.legend(loc="upper right", fontsize=8)
     figure.colorbar(image, ax=axes, label="mean difference to raw x 100")
+    return figure
+
+
+def depth_figure(rows: Sequence[Result]) -> Figure:
+    """Heat map of the score over depth and width: a row of panels a model, a column a task.
+
+    Args:
+        rows: Of `sweep(layers=)`. Beside the raw model the configuration that comes first is shown.
+
+    Raises:
+        DataError: If no row has a depth.
+    """
+    import numpy as np
+
+    rows = [row for row in rows if row.layers is not None]
+    if not rows:
+        raise DataError(
+            "a depth figure needs rows of several depths, got none; measure with layers="
+        )
+    name = next((row.configuration for row in rows if row.configuration != "raw"), "raw")
+    rows = [row for row in rows if row.configuration in ("raw", name)]
+    models = list(dict.fromkeys(row.model for row in rows))
+    tasks = list(dict.fromkeys((row.task, row.split, row.metric) for row in rows))
+    figure, _ = new_figure(2.6 * len(tasks) + 0.6, 3.6 * len(models) + 0.4, panels=0)
+    for i, (model, (task, split, metric)) in enumerate(product(models, tasks)):
+        here = [
+            row
+            for row in rows
+            if (row.model, row.task, row.split, row.metric) == (model, task, split, metric)
+        ]
+        if not here:
+            continue
+        depths = sorted({row.layers or 0 for row in here})
+        columns = sorted({(row.configuration != "raw", -row.dims) for row in here})
+        values = np.full((len(depths), len(columns)), np.nan)
+        for row in here:
+            column = columns.index((row.configuration != "raw", -row.dims))
+            values[depths.index(row.layers or 0), column] = 100 * row.score
+        axes = figure.add_subplot(len(models), len(tasks), i + 1)
+        image = axes.imshow(values, cmap="viridis", origin="lower", aspect="auto")
+        best = np.unravel_index(np.nanargmax(values), values.shape)
+        axes.plot(best[1], best[0], "*", color="white", markeredgecolor="black", markersize=12)
+        axes.set_xticks(
+            range(len(columns)), [str(-dims) if kept else "raw" for kept, dims in columns]
+        )
+        step = math.ceil(len(depths) / 16)
+        axes.set_yticks(range(0, len(depths), step), [str(depth) for depth in depths[::step]])
+        axes.set_title(f"{task} ({split})" if len(models) == 1 else f"{model}\n{task}", fontsize=9)
+        axes.set_xlabel(f"dimensions ({name})")
+        axes.set_ylabel("blocks")
+        figure.colorbar(image, ax=axes, label=f"{metric} x 100")
     return figure
 
 

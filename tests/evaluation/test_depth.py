@@ -11,6 +11,7 @@ import st_embfilter
 from st_embfilter.errors import DepthError
 from st_embfilter.evaluation.baselines import Configuration
 from st_embfilter.evaluation.depth import DepthStore
+from st_embfilter.evaluation.search import search_window
 from st_embfilter.evaluation.sweep import raw_model, sweep, without_filter
 from st_embfilter.evaluation.tasks import STSTask, TaskInfo
 from tests.conftest import DEMO_LM, TEXTS, MakeLM
@@ -74,6 +75,50 @@ def test_rows_carry_their_depth(make_lm: MakeLM) -> None:
         (name, layers) for layers in (2, 1, 0) for name in ("raw", "bulk")
     ]
     assert rows[0].delta == 0
+
+
+def test_search_finds_the_planted_depth_and_window(make_lm: MakeLM) -> None:
+    folder, _ = make_lm(num_hidden_layers=3)
+    model = st_embfilter.from_causal_lm(
+        folder, layers=1, keep=8, band="offset:8", device="cpu", show_progress_bar=False
+    )
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{w}" for w in rng.integers(14, 180, size=4)) for _ in range(160)]
+    unit = model.encode(texts, normalize_embeddings=True)
+    scores = (unit[::2] * unit[1::2]).sum(axis=1)
+    pairs = list(zip(texts[::2], texts[1::2], map(float, scores), strict=True))
+    task = STSTask(TaskInfo("pairs", "STS", "pairs", "test", "cosine_spearman"), pairs)
+    sides = [[half] for half in task.halves()]
+    raw = raw_model(folder, device="cpu", show_progress_bar=False)
+    options: dict[str, Any] = {"offsets": [0, 8, 16], "widths": [8, 16], "show_progress_bar": False}
+    found = search_window(raw, *sides, layers="all", **options)
+    assert (found.layers, str(found.band), found.band.keep) == (1, "offset:8", 8)
+    assert (found.windows, found.depths) == (6, 4)
+    assert {row.split for row in found.held_out} == {"test (half 2)"}
+    assert [(row.configuration, row.layers) for row in found.held_out] == [
+        (name, layers) for layers in (3, 1) for name in ("raw", "bulk", "offset:8")
+    ]
+    chosen = found.held_out[-1]
+    assert chosen.score > 1 - 1e-6
+    assert f"Trust the held-out figure: {100 * chosen.delta:+.2f}" in found.warning
+    assert f"{100 * found.held_out[1].delta:+.2f} after all blocks" in found.warning
+    # The whole model is measured, but was no choice.
+    other = search_window(raw, *sides, layers=[2], **options)
+    assert other.layers == 2
+
+
+def test_depths_that_a_search_cannot_choose(make_lm: MakeLM) -> None:
+    folder, _ = make_lm()
+    tasks = [
+        STSTask(TaskInfo("pairs", "STS", "pairs", split, "cosine_spearman"), PAIRS)
+        for split in ("dev", "test")
+    ]
+    options: dict[str, Any] = {"widths": [16], "show_progress_bar": False}
+    raw = raw_model(folder, prompt="prompteol", device="cpu", show_progress_bar=False)
+    with pytest.raises(DepthError, match=r"needs depths from 1 to 2, got \[0, 1\]; without blocks"):
+        search_window(raw, [tasks[0]], [tasks[1]], layers=[0, 1], **options)
+    found = search_window(raw, [tasks[0]], [tasks[1]], layers="all", **options)
+    assert {row.layers for row in found.scan} == {1, 2}
 
 
 def test_a_recipe_of_several_passes_and_depths_that_are_not_there(make_lm: MakeLM) -> None:

@@ -93,6 +93,31 @@ def test_window_figure() -> None:
         window_figure(rows[:1])
 
 
+def test_depth_figure() -> None:
+    pytest.importorskip("matplotlib")
+    from st_embfilter.evaluation.figures import depth_figure
+
+    rows = [
+        row(task, name, dims, score + (dims == 32 and depth == 1) / 3, layers=depth, model=model)
+        for model in "mn"
+        for task, score in (("a", 0.2), ("b", 0.4))
+        for depth in (4, 1, 0)
+        for name, dims in (("raw", 64), ("bulk", 32), ("bulk", 8), ("whiten", 8))
+        if (depth, name) != (0, "raw")  # as a prompt's last token, which has no score there
+    ]
+    figure = depth_figure(rows)
+    panels = [axes for axes in figure.axes if axes.images and axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["m\na", "m\nb", "n\na", "n\nb"]
+    for axes in panels:
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["raw", "32", "8"]
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1", "4"]
+        (star,) = axes.lines
+        assert (star.get_xdata()[0], star.get_ydata()[0]) == (1, 1)
+        assert axes.images[0].get_array().mask[0, 0]
+    with pytest.raises(DataError, match="a depth figure needs rows of several depths, got none"):
+        depth_figure([row("a", "raw", 64, 0.3)])
+
+
 # Storage -----------------------------------------------------------------------------------------
 
 
@@ -251,6 +276,39 @@ def test_eval_search(place: Path, tmp_path: Path) -> None:
     assert "pairs (all (half 2))" in text(halves)
 
 
+def test_eval_at_several_depths(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure, output = tmp_path / "depths.svg", tmp_path / "rows.jsonl"
+    result = cli(
+        "eval", place / "lm", "--sts", place / "pairs.csv", "--layers", "all", "--keep", "1/2",
+        "--no-baselines", "--no-cache", "--figure", figure, "-o", output,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert [(r.configuration, r.layers) for r in read_results(output)] == [
+        (name, layers) for layers in (2, 1, 0) for name in ("raw", "bulk")
+    ]
+    assert "bulk, 1 blocks" in text(result)
+    assert "blocks" in figure.read_text()
+
+
+def test_eval_search_over_depth(place: Path, tmp_path: Path) -> None:
+    figure = tmp_path / "windows.svg"
+    result = cli(
+        "eval", place / "lm", "--sts", place / "pairs.csv", "--dev", place / "dev.csv", "--search",
+        "--layers", "0,1", "--no-cache", "-q", "--figure", figure,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "windows at 2 depths was chosen" in text(result)
+    found = re.search(r"--band (offset:\d+) --keep (\d+) --layers ([01]) ", text(result))
+    assert found
+    built = cli(
+        "build", place / "lm", "--band", found[1], "--keep", found[2], "--layers", found[3],
+        "-o", tmp_path / "m",
+    )  # fmt: skip
+    assert built.exit_code == 0, built.output
+    assert f"{found[3]} of 2 blocks" in text(built)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -261,6 +319,9 @@ def test_eval_search(place: Path, tmp_path: Path) -> None:
         (["--sts", "{place}/pairs.csv", "--keep", "2.0"], "keep must be a ratio in (0, 1]"),
         (["--sts", "{place}/pairs.csv", "--band", "middle"], "a configuration must be one of raw"),
         (["--sts", "{place}/pairs.csv", "--prompt", "nonsense"], "prompt must be None"),
+        (["--sts", "{place}/pairs.csv", "--layers", "0-6"], "--layers takes all, or numbers of"),
+        (["--sts", "{place}/pairs.csv", "--layers", "0,3"], "layers must be from 0 to 2, got"),
+        (["--sts", "{place}/pairs.csv", "--layers", "-1"], "layers must be from 0 to 2, got"),
     ],
 )
 def test_eval_errors(place: Path, arguments: list[str], message: str) -> None:
