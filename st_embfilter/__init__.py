@@ -14,6 +14,7 @@ from st_embfilter.text import lazy_names
 
 if TYPE_CHECKING:
     from st_embfilter.corpus.encode import encode_corpus
+    from st_embfilter.corpus.stored import apply_filter, filter_vectors
     from st_embfilter.errors import EmbedFilterError
     from st_embfilter.model.attach import add_filter, stack_filter
     from st_embfilter.model.build import build_filter, filter_from_weight, from_causal_lm
@@ -36,10 +37,12 @@ __all__ = [
     "Spectrum",
     "__version__",
     "add_filter",
+    "apply_filter",
     "build_filter",
     "calibrate_filter",
     "encode_corpus",
     "filter_from_weight",
+    "filter_vectors",
     "from_causal_lm",
     "load",
     "push_to_hub",
@@ -60,10 +63,12 @@ _load = lazy_names(
         "PromptEOL": "model.prompts",
         "Spectrum": "spectrum.spectrum",
         "add_filter": "model.attach",
+        "apply_filter": "corpus.stored",
         "build_filter": "model.build",
         "calibrate_filter": "model.calibrate",
         "encode_corpus": "corpus.encode",
         "filter_from_weight": "model.build",
+        "filter_vectors": "corpus.stored",
         "from_causal_lm": "model.build",
         "load": "saved.load",
         "sample_texts": "model.calibrate",

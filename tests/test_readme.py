@@ -48,6 +48,8 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [f"{a},{texts[i - 1]},{i % 6}" for i, a in enumerate(texts)]
     (place / "pairs.csv").write_text("sentence1,sentence2,score\n" + "\n".join(pairs))
     code = """
+import numpy as np
+np.save("vectors.npy", np.random.default_rng(0).normal(size=(1000, 256)).astype(np.float32))
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 backbone = Transformer("Qwen/Qwen2.5-0.5B")

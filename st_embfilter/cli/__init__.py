@@ -4,6 +4,7 @@ Commands import what they run inside their functions, so that `--help` is quick.
 """
 
 from st_embfilter.cli import (
+    apply,
     bench,
     build,
     card,
@@ -19,6 +20,7 @@ from st_embfilter.cli.app import app
 
 __all__ = [
     "app",
+    "apply",
     "bench",
     "build",
     "card",

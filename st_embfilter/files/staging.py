@@ -12,19 +12,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape as glob_escape
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from safetensors import SafetensorError
 
-from st_embfilter.errors import OutputError
+from st_embfilter.errors import EmbedFilterError, OutputError
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+#: What a folder with an exported graph holds beside it.
+EXPORT_FILE: Final = "embfilter_onnx.json"
+
 #: A folder with one of these is a model or a filter of ours, which may be overwritten.
-_OURS: Final = ("modules.json", "embfilter.json")
+_OURS: Final = ("modules.json", "embfilter.json", EXPORT_FILE)
 
 #: What `mkdtemp` puts into a name.
 _UNIQUE: Final = re.compile(r"\.[a-z0-9_]{8}$")
@@ -81,6 +84,38 @@ def check_file(file: Path) -> None:
         raise
     except (OSError, ValueError) as error:  # a name too long, without rights, with a NUL
         raise OutputError(f"cannot write {file}: {error}") from error
+
+
+@contextmanager
+def written_file(target: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """A file beside the target that is renamed to it at the end, or removed on an error.
+
+    Raises:
+        OutputError: If the target is a folder, is there already, or cannot be written.
+    """
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise OutputError(
+            f"the output must be a file that is not there yet, got {target}; choose another or "
+            "pass overwrite (--overwrite)"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(
+            prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
+        )
+        try:
+            with os.fdopen(descriptor, "wb") as out:
+                yield out
+            os.chmod(name, 0o644)
+            os.replace(name, target)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        if isinstance(error, EmbedFilterError):
+            raise
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:

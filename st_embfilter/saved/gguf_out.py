@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from st_embfilter.errors import FormatError, OutputError, UnembeddingError
+from st_embfilter.files.staging import written_file
 from st_embfilter.model.baked import folded_spectrum, reading_rows, rotation_of, writing_rows
 from st_embfilter.spectrum.band import Band
 from st_embfilter.unembedding.gguf import FINAL_NORM, INPUT, OUTPUT, GGUFFile, GGUFTensor, library
@@ -109,7 +108,7 @@ def export_gguf(
     if kind not in _FILE_TYPES:
         raise FormatError(f"the type must be one of {', '.join(_FILE_TYPES)}, got {kind!r}")
     chosen = Band.parse(band, keep)
-    with _written(target, overwrite=overwrite) as out:
+    with written_file(target, overwrite=overwrite) as out:
         if target.exists() and target.samefile(source):
             raise OutputError(f"the output must not be the input, got {target} for both")
         file = GGUFFile.open(source)
@@ -272,34 +271,6 @@ def _write(
 def _string(text: str) -> bytes:
     encoded = text.encode()
     return struct.pack("<Q", len(encoded)) + encoded
-
-
-@contextmanager
-def _written(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
-    """A file beside the target that is renamed to it at the end, or removed on an error."""
-    if target.is_dir() or (target.exists() and not overwrite):
-        raise OutputError(
-            f"the output must be a file that is not there yet, got {target}; choose another or "
-            "pass overwrite (--overwrite)"
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(
-            prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
-        )
-        try:
-            with os.fdopen(descriptor, "wb") as out:
-                yield out
-            os.chmod(name, 0o644)
-            os.replace(name, target)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def _check_like(like: Tensor, rows: Tensor) -> None:
