@@ -89,7 +89,7 @@ def run(model: Path, output: Path, out: Console, *, bars: bool = True) -> None:
     }
     _print_scores(dims, scores, out)
     _print_tokens(mean, out)
-    _print_search(mean, dims["3/4"], texts.texts, out)
+    _print_search("PromptEOL", encoded["PromptEOL"], texts.texts, out)
 
 
 def _encode(
@@ -176,7 +176,7 @@ def _print_tokens(encoded: Encoded, out: Console) -> None:
     out.print(table)
 
 
-def _print_search(encoded: Encoded, width: int, texts: list[str], out: Console) -> None:
+def _print_search(title: str, encoded: Encoded, texts: list[str], out: Console) -> None:
     import numpy as np
 
     from st_embfilter.evaluation.metrics import unit_rows
@@ -184,12 +184,12 @@ def _print_search(encoded: Encoded, width: int, texts: list[str], out: Console) 
     model = encoded.model
     raw = type(model)(modules=list(model.children())[:2], device="cpu")
     found = []
-    for one, rows in ((raw, encoded.raw), (model, encoded.filtered[:, :width])):
+    for one, rows in ((raw, encoded.raw), (model, encoded.filtered)):
         query = one.encode([QUERY], show_progress_bar=False)
         cosine = unit_rows(rows.astype(np.float64)) @ unit_rows(query.astype(np.float64))[0]
         found.append([texts[i] for i in np.argsort(-cosine)[:3]])
     table = Table(
-        title=f'\nA search (mean pooling) among {len(texts)} texts: "{QUERY}"',
+        title=f'\nA search ({title}) among {len(texts)} texts: "{QUERY}"',
         title_justify="left",
         show_lines=True,
     )

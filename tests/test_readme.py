@@ -117,7 +117,7 @@ def test_shell_lines(place: Path) -> None:
             if command[1] == "demo":  # its recipe; the set-up is what runs this test
                 output = run(ROOT, [sys.executable, "-m", "examples.demo", "--lm", "openstax"])
                 assert "1/8" in output
-                assert "A search (mean pooling) among" in output
+                assert "A search (PromptEOL) among" in output
     assert len(commands) > 5
     code = f"""
 from st_embfilter.cli import app
