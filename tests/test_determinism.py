@@ -71,8 +71,9 @@ def test_every_process_writes_the_same_bytes(
     builds: dict[str, Path], case: str, other: str
 ) -> None:
     first, second = contents(builds["first"] / case), contents(builds[other] / case)
-    weights = "2_Dense/model.safetensors" if case == "demo" else "model.safetensors"
-    assert {weights, "embfilter.json", "embfilter_spectrum.safetensors", "README.md"} <= set(first)
+    place = "2_Dense/" if case == "demo" else ""
+    files = {f"{place}model.safetensors", f"{place}embfilter_spectrum.safetensors"}
+    assert {*files, "embfilter.json", "README.md"} <= set(first)
     assert set(first) == set(second)
     for name, content in first.items():
         assert second[name] == content, name

@@ -385,7 +385,9 @@ def read_filter(files: ModelFiles, folder: str | None = None) -> EmbedFilterLaye
         weights_file = metadata_file and files.path(f"{weights_folder}{SAFETENSORS_FILE}")
         if metadata_file is None or weights_file is None:
             continue
-        spectrum_file = files.path(f"{metadata_folder}{SPECTRUM_FILE}")
+        spectrum_file = files.path(f"{weights_folder}{SPECTRUM_FILE}") or files.path(
+            f"{metadata_folder}{SPECTRUM_FILE}"  # where 0.1.0 put it
+        )
         return assemble(
             _load_file(weights_file),
             _read_text(metadata_file),

@@ -213,6 +213,45 @@ def put_around(tokenizer: PreTrainedTokenizerFast, fixed_ids: Sequence[list[int]
     )
 
 
+def single_pieces(processor: Any) -> Any:
+    """The post-processor of a `tokenizer.json` with one piece for every token that it puts there.
+
+    transformers.js reads neither `ids` nor `tokens` of a piece: its name must be the token. The ids
+    that the tokenizers library gives stay the same.
+
+    Args:
+        processor: Its JSON, of any kind; None for none.
+    """
+    if not isinstance(processor, dict):
+        return processor
+    if processor.get("type") == "Sequence":
+        return {**processor, "processors": [single_pieces(one) for one in processor["processors"]]}
+    if processor.get("type") != "TemplateProcessing":
+        return processor
+    known = processor["special_tokens"]
+
+    def single(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        parts = []
+        for piece in pieces:
+            special = piece.get("SpecialToken")
+            names = [None] if special is None else known[special["id"]]["tokens"]
+            parts += [
+                piece if name is None else {"SpecialToken": {**special, "id": name}}
+                for name in names
+            ]
+        return parts
+
+    pairs = (
+        (i, t) for one in known.values() for i, t in zip(one["ids"], one["tokens"], strict=True)
+    )
+    return {
+        **processor,
+        "single": single(processor["single"]),
+        "pair": single(processor["pair"]),
+        "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for i, t in pairs},
+    }
+
+
 def chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """A chat template that renders a text inside the template as one string.
 
@@ -253,6 +292,7 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         if _SOURCE_FILES.fullmatch(path.name):
             path.unlink()
     document = json.loads(_backend_json(tokenizer))
+    document["post_processor"] = single_pieces(document["post_processor"])
     (folder / TOKENIZER_FILE).write_text(
         json.dumps(document, indent=2, ensure_ascii=False), encoding="utf-8"
     )

@@ -38,7 +38,7 @@ from st_embfilter.model.backbone import (
 )
 from st_embfilter.model.depth import blocks_to_keep, cut_checkpoint
 from st_embfilter.model.layer import EmbedFilterLayer, check_placement
-from st_embfilter.model.metadata import METADATA_FILE, SPECTRUM_FILE
+from st_embfilter.model.metadata import METADATA_FILE
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.prompts import PromptEOL, Recipe, recipe_from_dict
 from st_embfilter.model.static import static_metadata
@@ -52,6 +52,7 @@ from st_embfilter.saved.cast import cast_weights, other_dtype, state_dtype
 from st_embfilter.saved.layout import (
     CARD_FILE,
     DENSE_CONFIG,
+    DENSE_SPECTRUM,
     DENSE_WEIGHTS,
     MODEL_CONFIG,
     PLUGIN_CLASSES,
@@ -60,6 +61,7 @@ from st_embfilter.saved.layout import (
     TRANSFORMER_CONFIG,
     modules_document,
 )
+from st_embfilter.saved.runtimes import requirements, state_nesting
 from st_embfilter.saved.static import static_files, write_table
 from st_embfilter.unembedding.source import Source
 
@@ -79,7 +81,8 @@ def save_pretrained(
     """Writes the portable folder; plain `SentenceTransformer(path)` loads it.
 
     The folder appears complete or not at all: it is written beside the target and renamed. Files
-    of the backbone are copied unchanged from where it was loaded; a backbone whose weights are no
+    of the backbone are copied unchanged from where it was loaded, but for one key of config.json,
+    see `runtimes`; a backbone whose weights are no
     longer those is saved by transformers instead. In another dtype than the checkpoint's, its
     tensors are cast on the way, but for an unembedding matrix that this would round: so the filter
     can still be proven.
@@ -139,6 +142,9 @@ def portable_files(
         type(module).__name__ if _code_file(module) else kind
         for module, kind in ((transformer, "Transformer"), (pooling, "Pooling"))
     ]
+    needed = requirements(
+        getattr(getattr(transformer.auto_model, "config", None), "model_type", None)
+    )
     files = {
         **{file.name: file.read_bytes() for file in found},
         MODULES_FILE: _json(modules_document(*names, normalize=normalize)),
@@ -148,6 +154,7 @@ def portable_files(
                 "prompts": dict(model.prompts),
                 "default_prompt_name": model.default_prompt_name,
                 "similarity_fn_name": str(model.similarity_fn_name),
+                **({"requirements": needed} if needed else {}),
             }
         ),
         POOLING_CONFIG: _json(
@@ -158,7 +165,7 @@ def portable_files(
         METADATA_FILE: layer.metadata.to_json().encode(),
     }
     if layer.singular_values is not None:
-        files[SPECTRUM_FILE] = save({"singular_values": layer.singular_values.cpu()})
+        files[DENSE_SPECTRUM] = save({"singular_values": layer.singular_values.cpu()})
     inherited_from = _base_card(model, token)
     files[CARD_FILE] = render(facts_of_files(files, base_card=inherited_from)).encode()
     return files
@@ -262,6 +269,7 @@ def write_model(
     else:
         inner.save_pretrained(str(folder))  # type: ignore[operator]
         model.tokenizer.save_pretrained(str(folder))
+    state_nesting(folder)
     if _pipeline(model)[2].metadata.prompt is not None:
         write_tokenizer(folder, model.tokenizer)
     # Last, as it asks for the card of the base model: what cannot be saved was refused above.

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from st_embfilter.errors import FormatError
 from st_embfilter.files.tensors import SAFETENSORS_FILE
-from st_embfilter.model.metadata import METADATA_FILE
+from st_embfilter.model.metadata import METADATA_FILE, SPECTRUM_FILE
 from st_embfilter.model.modules_file import MODULES_FILE
 
 CARD_FILE: Final = "README.md"
@@ -15,11 +15,13 @@ RESULTS_FILE: Final = "results.jsonl"
 #: A section of the card that `st-embfilter lens --section` wrote.
 LENS_FILE: Final = "lens.md"
 
+BACKBONE_CONFIG: Final = "config.json"
 TRANSFORMER_CONFIG: Final = "sentence_bert_config.json"
 MODEL_CONFIG: Final = "config_sentence_transformers.json"
 POOLING_CONFIG: Final = "1_Pooling/config.json"
 DENSE_CONFIG: Final = "2_Dense/config.json"
 DENSE_WEIGHTS: Final = f"2_Dense/{SAFETENSORS_FILE}"
+DENSE_SPECTRUM: Final = f"2_Dense/{SPECTRUM_FILE}"
 
 #: What no published folder can do without, beside the weights of the backbone and its tokenizer.
 FILTER_FILES: Final = (METADATA_FILE, "config.json", SAFETENSORS_FILE, CARD_FILE)

@@ -25,6 +25,7 @@ from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.saved import checks, layout
 from st_embfilter.saved.card import check_card, stated_base
 from st_embfilter.saved.load import load, read_saved
+from st_embfilter.saved.runtimes import older_layout
 from st_embfilter.saved.static import STATIC_FOLDER, check_table
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.spectrum.whitening import different_texts, texts_hash
@@ -140,6 +141,7 @@ class _Job:
             yield _attempt("links", self._links)
         if not alone:
             yield _attempt("modules", lambda: self._modules(layer))
+            yield _attempt("layout", lambda: self._layout(metadata.prompt is not None))
             yield _attempt("card", lambda: self._card(metadata))
             if metadata.depth is not None:
                 yield _attempt("depth", lambda: self._depth(layer))
@@ -245,6 +247,14 @@ class _Job:
         return True, "as save_pretrained writes them" + (
             f", with {', '.join(self.code)} of this package" if self.code else ""
         )
+
+    def _layout(self, prompted: bool) -> tuple[bool, str]:
+        """Never a failure: an older folder holds the same model."""
+        changes = list(older_layout(self.files, prompted=prompted))
+        if not changes:
+            return True, "for every runtime"
+        told = "; ".join(changes)
+        return True, f"of an older version: {told}; st_embfilter.load and save it anew"
 
     def _json(self, file: str, kind: Any = dict, *, infinity: bool = False) -> Any:
         path = self.files.path(file)

@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 import st_embfilter
+from compat import rules
 from st_embfilter import Echo, MetaEOL, PromptEOL
 from st_embfilter.cli.app import app
 from st_embfilter.errors import DataError, FormatError, PromptError
@@ -182,6 +183,7 @@ def test_what_servers_read(samples: dict[tuple[str, str], Sample], style: str) -
     """tokenizer.json alone, and the class that AutoTokenizer picks for the saved folder."""
     for name in ("portable", "echo"):
         sample = samples[style, name]
+        assert rules.transformers_js(sample.saved)
         server = Tokenizer.from_file(str(sample.saved / "tokenizer.json"))
         assert (server.truncation, server.padding) == (None, None)
         fixed = server.num_special_tokens_to_add(False)

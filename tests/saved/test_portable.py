@@ -70,16 +70,16 @@ def test_small_files_byte_for_byte(
             check_card(found.decode())
         assert found == expected.read_bytes(), name
     for name, header, size in (
-        ("2_Dense/model.safetensors", tensors_file("linear.weight", "F32", [k, 256]), 4 * k * 256),
+        ("model.safetensors", tensors_file("linear.weight", "F32", [k, 256]), 4 * k * 256),
         ("embfilter_spectrum.safetensors", tensors_file("singular_values", "F64", [256]), 2048),
     ):
-        content = (folder / name).read_bytes()
+        content = (folder / "2_Dense" / name).read_bytes()
         assert content.startswith(header), name
         assert len(content) == len(header) + size, name
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert files - set(golden) == {
         "2_Dense/model.safetensors",
-        "embfilter_spectrum.safetensors",
+        "2_Dense/embfilter_spectrum.safetensors",
         "config.json",
         "model.safetensors",
         "special_tokens_map.json",
@@ -228,6 +228,12 @@ MUTATIONS: list[tuple[str, tuple[str, ...], Mutation]] = [
         put("config.json", "architectures", to=["LlamaForSequenceClassification"]),
     ),
     ("slow tokenizer", BOTH[:1], lambda folder: (folder / "tokenizer.json").unlink()),
+    ("no prefixes", BOTH[1:], drop("config.json", "is_matryoshka")),
+    (
+        "the spectrum in the root",
+        BOTH[1:],
+        lambda f: shutil.move(f / "2_Dense/embfilter_spectrum.safetensors", f),
+    ),
     ("no JSON", BOTH, lambda folder: (folder / "modules.json").write_text("[")),
 ]
 

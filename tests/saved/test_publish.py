@@ -39,14 +39,17 @@ def test_files_of_the_folder(saved_demo: Path) -> None:
         "2_Dense/config.json",
         "2_Dense/model.safetensors",
         "embfilter.json",
-        "embfilter_spectrum.safetensors",
+        "2_Dense/embfilter_spectrum.safetensors",
         "README.md",
     }
 
 
 def test_backbone_files_are_copied_unchanged(saved_demo: Path) -> None:
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         assert (saved_demo / name).read_bytes() == (DEMO_LM / name).read_bytes()
+    # But for one key, which vLLM wants.
+    before = (DEMO_LM / "config.json").read_text().rstrip().removesuffix("\n}")
+    assert (saved_demo / "config.json").read_text() == f'{before},\n  "is_matryoshka": true\n}}\n'
 
 
 def test_projection_and_spectrum_on_disk(saved_demo: Path) -> None:
@@ -54,7 +57,7 @@ def test_projection_and_spectrum_on_disk(saved_demo: Path) -> None:
     assert {k: (v.dtype, tuple(v.shape)) for k, v in projection.items()} == {
         "linear.weight": (torch.float32, (128, 256))
     }
-    spectrum = load_file(saved_demo / "embfilter_spectrum.safetensors")["singular_values"]
+    spectrum = load_file(saved_demo / "2_Dense/embfilter_spectrum.safetensors")["singular_values"]
     assert spectrum.dtype == torch.float64
     assert (spectrum.diff() <= 0).all()
 

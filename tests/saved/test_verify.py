@@ -21,7 +21,7 @@ from tests.conftest import TEXTS, tiny_lm
 PROJECTION = "2_Dense/model.safetensors"
 
 
-SPECTRUM = "embfilter_spectrum.safetensors"
+SPECTRUM = "2_Dense/embfilter_spectrum.safetensors"
 
 Attack = Callable[[Path], object]
 
