@@ -234,11 +234,11 @@ def single_pieces(processor: Any) -> Any:
         parts = []
         for piece in pieces:
             special = piece.get("SpecialToken")
-            names = [None] if special is None else known[special["id"]]["tokens"]
-            parts += [
-                piece if name is None else {"SpecialToken": {**special, "id": name}}
-                for name in names
-            ]
+            if special is None:
+                parts.append(piece)
+                continue
+            names = known[special["id"]]["tokens"]
+            parts += [{"SpecialToken": {**special, "id": name}} for name in names]
         return parts
 
     pairs = (
