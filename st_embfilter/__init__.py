@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from st_embfilter.model.prompts import Echo, MetaEOL, PromptEOL
     from st_embfilter.saved.folder import save_pretrained
     from st_embfilter.saved.load import load
+    from st_embfilter.saved.onnx_out import export_onnx
     from st_embfilter.saved.push import push_to_hub
     from st_embfilter.spectrum.band import Band
     from st_embfilter.spectrum.spectrum import Spectrum
@@ -41,6 +42,7 @@ __all__ = [
     "build_filter",
     "calibrate_filter",
     "encode_corpus",
+    "export_onnx",
     "filter_from_weight",
     "filter_vectors",
     "from_causal_lm",
@@ -67,6 +69,7 @@ _load = lazy_names(
         "build_filter": "model.build",
         "calibrate_filter": "model.calibrate",
         "encode_corpus": "corpus.encode",
+        "export_onnx": "saved.onnx_out",
         "filter_from_weight": "model.build",
         "filter_vectors": "corpus.stored",
         "from_causal_lm": "model.build",

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("mteb", "datasets", "pyarrow", "ray", "matplotlib", "faiss", "pandas", "onnxruntime")
+HEAVY = (
+    "mteb",
+    "datasets",
+    "pyarrow",
+    "ray",
+    "matplotlib",
+    "faiss",
+    "pandas",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+)
 
 
 PACKAGE = Path(__file__).parents[1] / "st_embfilter"

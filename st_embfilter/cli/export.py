@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from st_embfilter.cli.app import Quiet, app, out, parse_keep, quiet_libraries
+from st_embfilter.cli.app import Quiet, RemoteCode, app, out, parse_keep, quiet_libraries
 
 
 @app.command()
@@ -22,12 +22,18 @@ def export(
         Path | None,
         typer.Option("--baked", help="Folder to write: the model with rotated weights, no Dense."),
     ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(
+            "--onnx", help="Folder to write: one ONNX graph, for ONNX Runtime and browsers."
+        ),
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="GGUF file of the same model, for a filtered folder.")
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option("--type", help="f32, f16 or q8_0 (GGUF; f16 if not given); f32, f16 or bf16."),
+        typer.Option("--type", help="f32; f16; q8_0 (GGUF); bf16 (--baked); int8 (ONNX)."),
     ] = None,
     keep: Annotated[
         str | None, typer.Option(help="Width to record for a GGUF source: 0.5, 1/4, 448.")
@@ -38,6 +44,7 @@ def export(
     pooling: Annotated[
         str | None, typer.Option(help="Pooling of a GGUF source: mean (if not given), lasttoken.")
     ] = None,
+    trust_remote_code: RemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -45,12 +52,13 @@ def export(
 
     --gguf and --baked turn the weights themselves, so that the first k numbers of an embedding are
     the filter of width k in any engine. They take filters that were built with --norm folded.
+    --onnx takes any model of a single prompt, and measures what its graph loses.
     """
     quiet_libraries(source, quiet)
-    targets = {"--gguf": gguf, "--baked": baked}
+    targets = {"--gguf": gguf, "--baked": baked, "--onnx": onnx}
     given = [name for name, value in targets.items() if value is not None]
     if len(given) != 1:
-        raise typer.BadParameter(f"give one of {' and '.join(targets)}, got {len(given)}")
+        raise typer.BadParameter(f"give one of {', '.join(targets)}, got {len(given)}")
     of_gguf = {"--keep": keep, "--band": band, "--pooling": pooling}
     chosen = [name for name, value in of_gguf.items() if value is not None]
     from_file = source.endswith(".gguf")
@@ -58,6 +66,11 @@ def export(
         raise typer.BadParameter(f"{', '.join(chosen)} must come with a GGUF source")
     if weights is not None and (from_file or gguf is None):
         raise typer.BadParameter("--weights must come with a filtered folder and --gguf")
+    if trust_remote_code and onnx is None:
+        raise typer.BadParameter("--trust-remote-code must come with --onnx")
+    if onnx is not None:
+        _onnx(source, onnx, kind, trust_remote_code, overwrite)
+        return
     if baked is not None:
         k, d = _baked(source, baked, kind, overwrite)
     elif gguf is not None:
@@ -73,6 +86,25 @@ def export(
     out.print(
         f"Saved to {gguf or baked}: embeddings of {d} numbers, of which the first {k} are the "
         "filter that was chosen",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _onnx(source: str, target: Path, kind: str | None, trusted: bool, overwrite: bool) -> None:
+    from st_embfilter.saved.load import load
+    from st_embfilter.saved.onnx_out import export_onnx
+
+    dtypes = {"f32": "float32", "f16": "float16", "int8": "int8"}
+    if kind is not None and kind not in dtypes:
+        raise typer.BadParameter(f"--type of a graph must be {', '.join(dtypes)}, got {kind!r}")
+    model = load(source, device="cpu", trust_remote_code=trusted)
+    dtype: Any = dtypes[kind or "f32"]
+    made = export_onnx(model, target, dtype=dtype, overwrite=overwrite)
+    out.print(
+        f"Saved to {target / made.file}: embeddings of {made.dimensions} numbers; on {made.texts} "
+        f"texts they differ from torch by at most {made.difference:.1e} of their length, lowest "
+        f"cosine {made.cosine:.6f}",
         highlight=False,
         soft_wrap=True,
     )

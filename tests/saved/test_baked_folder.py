@@ -161,7 +161,7 @@ def test_export_on_the_command_line(make_lm: MakeLM, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give one of --gguf and --baked, got 0"),
+        ((), "give one of --gguf, --baked, --onnx, got 0"),
         (("--gguf", "a", "--baked", "b"), "got 2"),
         (("--baked", "b", "--keep", "0.5"), "--keep must come with a GGUF source"),
         (("--baked", "b", "--weights", "c"), "--weights must come with"),
