@@ -29,7 +29,7 @@ from st_embfilter.model.backbone import TOKENIZER_CONFIG
 from st_embfilter.model.layer import FEATURE, filter_of
 from st_embfilter.model.prompts import PromptEOL, recipe_from_dict
 from st_embfilter.model.static import static_metadata
-from st_embfilter.model.tokenizer import TOKENIZER_FILE
+from st_embfilter.model.tokenizer import TOKENIZER_FILE, single_pieces
 from st_embfilter.saved import onnx_graph
 from st_embfilter.saved.onnx_graph import INPUTS, OPSET, Dtype, Pipeline
 from st_embfilter.text import read_json
@@ -205,6 +205,7 @@ def _write_tokenizer(model: SentenceTransformer, folder: Path, width: int) -> in
         )
     document = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
     document |= {"truncation": None, "padding": None}  # of the last batch
+    document["post_processor"] = single_pieces(document.get("post_processor"))
     (folder / TOKENIZER_FILE).write_text(_json(document), encoding="utf-8")
     limit: int | None = first.max_seq_length
     path = folder / TOKENIZER_CONFIG
