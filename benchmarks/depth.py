@@ -14,12 +14,13 @@ measured in docs/depth.jsonl. Without a model it writes the page from those.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from st_embfilter.evaluation.baselines import Configuration
 from st_embfilter.evaluation.bootstrap import Outcome, mean_statistic
 from st_embfilter.evaluation.demo import Paraphrases, demo_texts
 from st_embfilter.evaluation.depth import CHUNK, DepthStore
+from st_embfilter.evaluation.figures import depth_figure
 from st_embfilter.evaluation.metrics import ndcg_at_k, unit_rows
 from st_embfilter.evaluation.sweep import RawModel, raw_model, sweep
 from st_embfilter.evaluation.tasks import (
@@ -46,16 +48,19 @@ from st_embfilter.saved.results import Result, read_results, write_results
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
 ROWS = DOCS / "depth.jsonl"
+STATIC = DOCS / "static.jsonl"
 COMMAND = "make depth DATA=..."
 
 RECIPES = ["plain", "prompteol", "echo"]
 KEEPS = [3 / 4, 1 / 2, 1 / 4]
 CONFIGURATIONS = [Configuration("bulk", keep) for keep in KEEPS]
 
+TASKS = ["Paraphrases", "STSBenchmark", "StackOverflow", "Banking77", "SciFact"]
+
 #: Longest text in tokens; SciFact's abstracts are cut, to encode 5,183 of them in an hour.
 LENGTHS = {"SciFact": 128}
 
-TITLES = {"plain": "Mean pooling of the plain text", "prompteol": "PromptEOL", "echo": "ECHO"}
+TITLES = {"plain": "Mean pooling", "prompteol": "PromptEOL", "echo": "ECHO"}
 
 PAGE_HEAD = """# Depth
 
@@ -83,6 +88,22 @@ figures lines are keep 3/4 and dashes are raw.
   of 42.9 (SmolLM2), 21.4 of 49.8 (Qwen) and 9.0 of 57.2 (Gemma), and no block at all 7 to 10.
 - **PromptEOL needs the top**: half of the blocks is ruin (4 on the paraphrases, where all give 58
   to 64); the best is one or two blocks before the end. ECHO likewise, less steeply.
+
+## Some depths side by side
+
+Keep 3/4 but for the first column of scores.
+"""
+
+STATIC_HEAD = """## No blocks at all: static models
+
+Written from `static.jsonl`, which `benchmarks/static.py` measures: tables of token embeddings,
+`from_causal_lm(layers=0)`, float16, whole texts. BOS is in no mean, unlike in the row of 0 blocks
+above. "model2vec" is what model2vec 0.10 (`distill_from_model`, its PCA and its SIF weights) makes
+of the same token embeddings after the same final norm, at the same dimensions; +, -, = say whether
+the 95 % interval of the difference to it excludes zero. "model2vec, whole model" is what it is made
+for, the output of the whole model for each token alone; a decoder's output for the first token of a
+text, which each is then, is nearly the same for all tokens. Whitening is fitted on 2,000 abstracts
+of SciFact, which flatters it there alone.
 """
 
 T = TypeVar("T")
@@ -301,14 +322,76 @@ def curves(rows: Sequence[Result], recipe: str | None, file: Path) -> None:
     save_figure(figure, file)
 
 
+def summary(rows: Sequence[Result]) -> list[str]:
+    """Where the best depth lies, and what some depths give, with 3/4 of the dimensions."""
+    lines = ["| model | recipe | task | all, raw | all | two fewer | 1/2 | 1/5 | none | best |"]
+    lines += ["|-|-|-|" + "-:|" * 7]
+    for model, recipe, task in dict.fromkeys((row.model, row.prompt, row.task) for row in rows):
+        here = [row for row in rows if (row.model, row.prompt, row.task) == (model, recipe, task)]
+        kept = {
+            row.layers or 0: 100 * row.score for row in here if 4 * row.dims == 3 * row.full_dims
+        }
+        total = max(kept)
+        raw = next(100 * r.score for r in here if (r.layers, r.configuration) == (total, "raw"))
+        best = max(kept, key=kept.__getitem__)
+        depths = (total, total - 2, total // 2, round(total / 5), 0)
+        shown = [f"{raw:.1f}", *(f"{kept[n]:.1f}" if n in kept else "" for n in depths)]
+        cells = [str(model), TITLES[recipe or "plain"], task, *shown, f"{kept[best]:.1f} at {best}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def in_order(rows: Sequence[Result]) -> list[Result]:
+    """By recipe, model and task, however they came to be measured."""
+    models = sorted({str(row.model) for row in rows}, key=[str(r.model) for r in rows].index)
+    return sorted(
+        rows,
+        key=lambda row: (
+            RECIPES.index(row.prompt or "plain"),
+            models.index(str(row.model)),
+            TASKS.index(row.task),
+        ),
+    )
+
+
+def static_tables() -> list[str]:
+    """What `benchmarks/static.py` measured, a table for each model."""
+    if not STATIC.is_file():
+        return []
+    rows = [json.loads(line) for line in STATIC.read_text(encoding="utf-8").splitlines()]
+    lines = [STATIC_HEAD]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        lines += [f"### {model}", "", f"| | dimensions | {' | '.join(TASKS)} | mean |"]
+        lines += ["|-|" + "-:|" * (len(TASKS) + 2)]
+        here = [row for row in rows if row["model"] == model]
+        for name, dims in dict.fromkeys((row["name"], row["dims"]) for row in here):
+            found = {r["task"]: r for r in here if (r["name"], r["dims"]) == (name, dims)}
+            cells = [f"{found[task]['score']:.1f}{_sign(found[task])}" for task in TASKS]
+            mean = sum(row["score"] for row in found.values()) / len(found)
+            lines.append(f"| {name} | {dims} | {' | '.join(cells)} | {mean:.1f} |")
+        lines.append("")
+    return lines
+
+
+def _sign(row: dict[str, Any]) -> str:
+    """Whether the interval of the difference to model2vec excludes zero."""
+    if row["low"] is None:
+        return ""
+    return " +" if row["low"] > 0 else " -" if row["high"] < 0 else " ="
+
+
 def write_page(rows: Sequence[Result]) -> None:
+    rows = in_order(rows)
     groups = list(dict.fromkeys((row.model, row.prompt) for row in rows))
-    lines = [PAGE_HEAD]
+    lines = [PAGE_HEAD, *summary(rows), ""]
     for recipe in dict.fromkeys(prompt for _, prompt in groups):
         name = recipe or "plain"
         figure = DOCS / "figures" / f"depth-{name}.png"
+        heat = figure.with_stem(f"{figure.stem}-heat")
         curves(rows, recipe, figure)
+        save_figure(depth_figure([row for row in rows if row.prompt == recipe]), heat)
         lines += [f"## {TITLES[name]}", "", f"![Score against depth](figures/{figure.name})", ""]
+        lines += [f"![Score over depth and dimensions](figures/{heat.name})", ""]
         for model in [m for m, prompt in groups if prompt == recipe]:
             here = [row for row in rows if (row.model, row.prompt) == (model, recipe)]
             tasks = list(dict.fromkeys(row.task for row in here))
@@ -321,6 +404,7 @@ def write_page(rows: Sequence[Result]) -> None:
                 ]
                 lines.append(f"| {layers} | {' | '.join(cells)} |")
             lines.append("")
+    lines += static_tables()
     (DOCS / "depth.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 

@@ -5,6 +5,10 @@ way: batches in the order of the texts, padding on the left, the filter on every
 model's dtype, then the last token. Ours is `model.encode`. Both give the same embeddings.
 
     python benchmarks/encode.py --shape qwen2.5-0.5b
+
+With --depths another table, of a real model: all of its blocks, some of them, and none.
+
+    python -m benchmarks.encode --depths FOLDER --name SmolLM2-135M-Instruct --data DATA --layers 6
 """
 
 from __future__ import annotations
@@ -125,6 +129,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
     parser.add_argument("--texts", type=int, default=128)
+    parser.add_argument("--depths", metavar="FOLDER", help="a language model to cut")
+    parser.add_argument("--data", type=Path, help="with --depths, as benchmarks/depth.py takes it")
+    parser.add_argument("--layers", type=int, action="append", help="with --depths, a depth")
+    parser.add_argument("--name", help="with --depths, the model's in docs/depth.jsonl")
     parser.add_argument("--batches", type=int, default=2, help="of 32 x 64 tokens, for the share")
     parser.add_argument("--repeat", type=int, default=1, help="best of N runs")
     parser.add_argument("--device", default="cpu")
@@ -133,6 +141,11 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     disable_progress_bar()
+    if args.depths:
+        from benchmarks.shallow import run
+
+        run(args.data, args.depths, args.name, args.layers, args.texts, args.repeat)
+        return
     model = st_embfilter.from_causal_lm(
         checkpoint(args.shape, args.cache),
         prompt="prompteol",

@@ -1,6 +1,9 @@
 """Runs the benchmarks and writes docs/benchmarks.md; sections that are not run stay as they were.
 
-python -m benchmarks.page [--only build] [--only load] [--cache FOLDER]
+python -m benchmarks.page [--only build] [--only load] [--cache FOLDER] [--value DATA=FOLDER]
+
+Words of a command in capitals stand for what a machine has: DATA, as `benchmarks/depth.py` takes
+it, and SMOLLM2, a folder of SmolLM2-135M-Instruct. A section is left as it was without them.
 """
 
 from __future__ import annotations
@@ -66,6 +69,24 @@ SECTIONS = {
         "The same where the backbone costs little, so that everything else shows.",
         "benchmarks/encode.py --shape small",
     ),
+    "depths": Section(
+        "Encoding with fewer blocks, and with none",
+        "SmolLM2-135M-Instruct, dequantised to float32, mean pooling, saved and loaded with plain "
+        "sentence-transformers, in a process of its own each, in turn. Peak memory is that of the "
+        "whole process. The scores of the table are its folder's, float16; the others are those of "
+        "`docs/depth.md`.",
+        "-m benchmarks.encode --depths SMOLLM2 --name SmolLM2-135M-Instruct --data DATA "
+        "--layers 6 --layers 24 --repeat 3",
+        cached=False,
+    ),
+    "depth-sweep": Section(
+        "A sweep over all depths",
+        "SmolLM2-135M-Instruct: every text encoded once by the whole model, the same with the "
+        "vectors of all 31 depths and two poolings written to disk, and the sweep of the raw model "
+        "and the filter at each of them, intervals included.",
+        "benchmarks/sweep.py --depths --model SMOLLM2 --texts 128 --repeat 3",
+        cached=False,
+    ),
     "load": Section(
         "Loading",
         "A backbone of Qwen2.5-0.5B's shape, loaded alone and with its filter, in turn; and "
@@ -94,9 +115,10 @@ def processor() -> str:
     return f"{found[1] if found else platform.processor()}, {os.cpu_count()} threads"
 
 
-def run(section: Section, cache: Path) -> str:
+def run(section: Section, cache: Path, values: dict[str, str]) -> str:
     """The section's text, with what its command printed."""
-    words = [*section.command.split(), *(["--cache", str(cache)] if section.cached else [])]
+    words = [values.get(word, word) for word in section.command.split()]
+    words += ["--cache", str(cache)] if section.cached else []
     print(f"python {section.command}", flush=True)
     # Standard error is left out: progress bars and warnings of libraries.
     done = subprocess.run(
@@ -119,11 +141,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", choices=SECTIONS)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "st-embfilter-bench")
+    parser.add_argument("--value", action="append", default=[], metavar="NAME=VALUE")
     args = parser.parse_args()
+    values = dict(value.split("=", 1) for value in args.value)
     old = PAGE.read_text() if PAGE.exists() else ""
     kept = dict(re.findall(r"^## ([^\n]+)\n\n(.*?)(?=^## |\Z)", old, re.DOTALL | re.MULTILINE))
     for name in args.only or SECTIONS:
-        kept[SECTIONS[name].title] = run(SECTIONS[name], args.cache)
+        if any(w.isupper() and w not in values for w in SECTIONS[name].command.split()):
+            print(f"{name}: left as it was, it needs --value", flush=True)
+            continue
+        kept[SECTIONS[name].title] = run(SECTIONS[name], args.cache, values)
         parts = [
             f"## {section.title}\n\n{kept[section.title].strip()}\n"
             for section in SECTIONS.values()

@@ -1,10 +1,12 @@
-"""What a sweep of 40 configurations costs, against encoding once and scoring.
+"""What a sweep of 40 configurations, or over all depths, costs against encoding once.
 
 Measures on one model and the texts of `examples/data`: encoding every text once with plain
 sentence-transformers; scoring 40 sets of ready vectors, intervals included; and the sweep, which
-does both and keeps its own books. Without a cache on disk.
+does both and keeps its own books. Without a cache on disk. With --depths: encoding once; the
+vectors after every block, both poolings, written to disk; and the whole sweep of raw and filter at
+every depth, scores and intervals included.
 
-    python benchmarks/sweep.py [--model FOLDER] [--repeat 3]
+    python benchmarks/sweep.py [--model FOLDER] [--repeat 3] [--depths] [--texts 256]
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ from examples.demo import OPENSTAX as DEMO_LM
 from st_embfilter.evaluation.baselines import Configuration
 from st_embfilter.evaluation.bootstrap import Outcome, interval, replicates
 from st_embfilter.evaluation.demo import DEMO_TEXTS, Paraphrases
+from st_embfilter.evaluation.depth import DepthStore
 from st_embfilter.evaluation.sweep import RawModel, raw_model, sweep
 from st_embfilter.evaluation.tasks import RetrievalTask, STSTask, Task, TaskInfo
 from st_embfilter.evaluation.vectors import Vectors
+from st_embfilter.model.backbone import backbone_model
+from st_embfilter.model.depth import block_stack
 
 RESAMPLES = 1000
 
@@ -95,12 +100,46 @@ def timed(works: Sequence[Callable[[], object]], repeat: int) -> list[float]:
     return [statistics.median(taken) for taken in seconds]
 
 
+def depths(raw: RawModel, count: int, repeat: int) -> None:
+    """Prints what all depths cost, against one encoding of the whole model."""
+    texts = Paraphrases.read(DEMO_TEXTS).texts[:count]
+    pairs = [(a, b, float(len(a))) for a, b in zip(texts[::2], texts[1::2], strict=False)]
+    task = STSTask(TaskInfo("pairs", "STS", "demo", "all", "cosine_spearman"), pairs)
+    total = len(block_stack(backbone_model(raw.model))[1])
+    asked = sorted(dict.fromkeys(texts), key=len, reverse=True)
+
+    def encode() -> object:
+        return raw.model.encode(asked, show_progress_bar=False)
+
+    def collect() -> object:
+        store = DepthStore(raw.model, range(total + 1), show_progress_bar=False)
+        return [store.at(n).encode(asked) for n in store.layers]
+
+    def whole() -> object:
+        chosen = [Configuration("bulk", 1 / 2)]
+        return list(sweep(raw, [task], chosen, layers="all", show_progress_bar=False))
+
+    encode()
+    encoding, collecting, sweeping = timed((encode, collect, whole), repeat)
+    print(f"texts                    {len(asked):8,}")
+    print(f"encoding once            {encoding:8.2f} s")
+    print(f"vectors at {total + 1:2} depths     {collecting:8.2f} s   {collecting / encoding:.2f}x")
+    print(
+        f"sweep of {2 * (total + 1):2} scores       {sweeping:8.2f} s   {sweeping / encoding:.2f}x"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=DEMO_LM)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--depths", action="store_true", help="every depth, not 40 windows")
+    parser.add_argument("--texts", type=int, default=256, help="with --depths")
     arguments = parser.parse_args()
     raw = raw_model(arguments.model, device="cpu", show_progress_bar=False)
+    if arguments.depths:
+        depths(raw, arguments.texts, arguments.repeat)
+        return
     measured = tasks()
     chosen = configurations(raw.spectrum.d)
     # Each task's texts are encoded for that task, in the sweep as here.

@@ -11,6 +11,7 @@ from st_embfilter.cli.app import app, describe, escape, out, quiet_libraries
 
 if TYPE_CHECKING:
     from st_embfilter.model.layer import EmbedFilterLayer
+    from st_embfilter.model.metadata import FilterMetadata
 
 
 @app.command()
@@ -20,11 +21,10 @@ def inspect(
     """Show backbone, window, spectrum and hashes of a filtered model."""
     quiet_libraries(model, quiet=False)
     from st_embfilter.model.prompts import describe_recipe, recipe_from_dict
-    from st_embfilter.saved.load import load_filter
 
-    layer = load_filter(model)
-    prompt = layer.metadata.prompt
-    source = layer.metadata.provenance
+    layer, metadata = _open(model)
+    prompt = metadata.prompt
+    source = metadata.provenance
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -32,17 +32,42 @@ def inspect(
         "Backbone": _at(source.model_id, source.revision),
         "Unembedding": f"{source.tensor} {source.shape[0]:,} x {source.shape[1]:,} {source.dtype}"
         + (", tied to the input embedding" if source.tied else ""),
-        "Window": describe(layer),
+        "Window": describe(metadata),
+        **_depth_rows(metadata),
         "sha256": source.sha256,
-        **_spectrum_rows(layer),
-        "Calibration": _calibration(layer),
+        **({} if layer is None else _spectrum_rows(layer)),
+        "Calibration": _calibration(metadata),
         "Prompt": describe_recipe(recipe_from_dict(prompt) if prompt else None),
         **_pipeline_rows(model),
-        "Versions": ", ".join(f"{k} {v}" for k, v in layer.metadata.versions.items()),
+        "Versions": ", ".join(f"{k} {v}" for k, v in metadata.versions.items()),
     }
     for name, value in rows.items():
         table.add_row(name, escape(value))
     out.print(table, highlight=False)
+
+
+def _open(model: str) -> tuple[EmbedFilterLayer | None, FilterMetadata]:
+    """The filter and its metadata; of a static model, whose filter is folded away, those alone."""
+    from st_embfilter.model.find import find_filter
+    from st_embfilter.saved.load import load_filter
+    from st_embfilter.unembedding.source import Source
+
+    found = find_filter(Source(model))
+    depth = None if found is None else found.metadata.depth
+    if found is not None and depth is not None and depth.layers == 0:
+        return None, found.metadata
+    layer = load_filter(model)
+    return layer, layer.metadata
+
+
+def _depth_rows(metadata: FilterMetadata) -> dict[str, str]:
+    depth = metadata.depth
+    if depth is None:
+        return {}
+    if depth.layers:
+        return {"Depth": f"the first {depth.layers} of {depth.of} blocks"}
+    weights = "" if depth.token_weights is None else f", weighted by {depth.token_weights}"
+    return {"Depth": f"0 of {depth.of} blocks: a table of token embeddings{weights}"}
 
 
 def _pipeline_rows(model: str) -> dict[str, str]:
@@ -86,8 +111,8 @@ def _spectrum_rows(layer: EmbedFilterLayer) -> dict[str, str]:
     }
 
 
-def _calibration(layer: EmbedFilterLayer) -> str:
-    record = layer.metadata.calibration
+def _calibration(metadata: FilterMetadata) -> str:
+    record = metadata.calibration
     if record is None:
         return "none (the filter alone)"
     texts = f"{record.texts:,} texts" + (

@@ -14,6 +14,7 @@ from st_embfilter.cli.app import (
     Quiet,
     RemoteCode,
     app,
+    err,
     escape,
     out,
     parse_keep,
@@ -51,7 +52,9 @@ def lens(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="For a causal LM: prompt recipe.")] = None,
     layers: Annotated[str | None, Layers] = None,
-    layer: Annotated[str | None, typer.Option(hidden=True)] = None,
+    layer: Annotated[
+        str | None, typer.Option(hidden=True, help="The former name of --layers.")
+    ] = None,
     top_k: Annotated[int, typer.Option(help="Tokens of each text.", min=1)] = 5,
     corpus: Annotated[
         str | None,
@@ -83,8 +86,12 @@ def lens(
     how evenly the embeddings fill their space.
     """
     width = None if keep is None else parse_keep(keep)
-    asked = layers or layer
-    depth = None if asked is None else parse_layers(asked)
+    if layer is not None:
+        if layers is not None:
+            raise typer.BadParameter("--layer is the former name of --layers; give --layers alone")
+        err.print("Note: --layer is now --layers; it goes with the next release.", highlight=False)
+        layers = layer
+    depth = None if layers is None else parse_layers(layers)
     quiet_libraries(model, quiet)
     from dataclasses import replace
 

@@ -146,10 +146,10 @@ class _Taps:
                 + " > ".join(type(module).__name__ for module in modules)
             )
         self.model, self.transformer, pooling = model, modules[0], modules[1]
+        self.width = pooling.embedding_dimension
         self.poolings: dict[str, nn.Module] = {"own": pooling}
         if type(pooling) is Pooling and pooling.pooling_mode == "mean":
-            width = pooling.embedding_dimension
-            self.poolings["lasttoken"] = Pooling(width, "lasttoken")
+            self.poolings["lasttoken"] = Pooling(self.width, "lasttoken")
         backbone = backbone_model(model)
         self.blocks = list(block_stack(backbone)[1])
         self.norm = final_norm(backbone)
@@ -173,6 +173,11 @@ class _Taps:
 
         def pool(number: int, hidden: Tensor) -> None:
             if number in wanted:
+                if hidden.ndim != 3 or hidden.shape[-1] != self.width:
+                    raise DepthError(
+                        f"reading between blocks needs states (n, tokens, {self.width}), got "
+                        f"{tuple(hidden.shape)} after {number} blocks; read all of its layers"
+                    )
                 states = {**features, "token_embeddings": self.norm(hidden)}
                 pooled = [p(dict(states))[FEATURE].float() for p in self.poolings.values()]
                 found[number] = torch.cat(pooled, dim=-1)

@@ -24,7 +24,7 @@ from st_embfilter.errors import (
 )
 from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH, load_backbone, measured
 from st_embfilter.model.calibrate import calibrate_filter, sample_texts
-from st_embfilter.model.depth import load_cut
+from st_embfilter.model.cut import load_cut
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.layer import EmbedFilterLayer
@@ -153,15 +153,16 @@ def from_causal_lm(
     backbone, depth = (
         (load_whole(source), None) if layers is None else load_cut(source, layers, load_whole)
     )
-    width = measured(backbone).shape[0]
+    table = token_embeddings(backbone, token_weights) if static else None
+    width = measured(backbone).shape[0] if table is None else table.embedding.weight.shape[1]
     where = device if device is not None and device.startswith("cuda") else "cpu"
     layer = fit_filter(unembedding, chosen, device=where, show_progress_bar=show_progress_bar)
     check_width(layer, width)
     if depth is not None and depth.layers < depth.of:
         depth = replace(depth, token_weights=token_weights)
         layer.metadata = replace(layer.metadata, depth=depth)
-    if static:
-        modules: list[nn.Module] = [token_embeddings(backbone, token_weights), layer]
+    if table is not None:
+        modules: list[nn.Module] = [table, layer]
     elif recipe is None:
         modules = [backbone, Pooling(width, pooling or "mean"), layer]
     else:

@@ -1,46 +1,23 @@
-"""A language model cut to its first blocks, then its final norm.
+"""How much of a language model is used: its first blocks, then its final norm.
 
-Which module holds the blocks, and which tensors belong to them, comes from transformers itself: the
-one list of decoder layers in the model, built from its config on the meta device. A cut checkpoint
-is an ordinary smaller model of the same architecture.
+Which module holds the blocks comes from transformers itself: the one list of decoder layers in the
+model. Checkpoints are cut in `cut`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
-from huggingface_hub import snapshot_download
-from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from st_embfilter.errors import DepthError, EmbedFilterError
-from st_embfilter.files.hub import explained
-from st_embfilter.files.tensors import (
-    SAFETENSORS_FILE,
-    SAFETENSORS_INDEX,
-    Checkpoint,
-    LocalSafetensors,
-    ModelFiles,
-    TorchCheckpoint,
-    open_checkpoint,
-)
-from st_embfilter.files.writer import RawTensor, raw_tensors, write_safetensors
-from st_embfilter.model.backbone import check_links, small_files
-from st_embfilter.text import read_json
-from st_embfilter.unembedding.adapter import ADAPTER_CONFIG
-from st_embfilter.unembedding.head import meta_model, stored_names
-from st_embfilter.unembedding.source import CONFIG_FILE, Source
+from st_embfilter.errors import DepthError
 
 LAYERS: Final = "num_hidden_layers"
 
@@ -107,8 +84,12 @@ def block_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         for name, module in lists.items()
         if id(module) in inside
         and len(module) == total
+        and any(True for _ in module.parameters())  # not rotary embeddings
         and not any(name.startswith(f"{outer}.") for outer in lists)
     ]
+    # A tower for images or sounds is further inside than the decoder that it feeds.
+    level = min((name.count(".") for name, _ in found), default=0)
+    found = [(name, module) for name, module in found if name.count(".") == level]
     if len(found) != 1:
         raise DepthError(
             f"a model that is cut must hold its {total} blocks in one list of modules, got "
@@ -133,7 +114,7 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def config_changes(config: PretrainedConfig, layers: int) -> dict[str, Any]:
-    """What a config says differently once the model is cut: the number of blocks, lists by block.
+    """What a config says differently once the model is cut: the number of blocks, values by block.
 
     Args:
         config: Of the text decoder.
@@ -141,13 +122,31 @@ def config_changes(config: PretrainedConfig, layers: int) -> dict[str, Any]:
     """
     total: int = config.num_hidden_layers
     changes: dict[str, Any] = {LAYERS: layers}
+    defaults = _default(type(config))
     for name, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == total and not _NOT_BY_LAYER.fullmatch(name):
-            changes[name] = value[:layers]
+            usual = defaults.get(name)
+            if not isinstance(usual, list | tuple) or len(usual) == defaults.get(LAYERS):
+                changes[name] = value[:layers]
+        elif isinstance(value, dict) and "layer" in name and _by_number(value):
+            changes[name] = {key: one for key, one in value.items() if int(key) < layers}
     shared = getattr(config, _SHARED, None)
     if shared:
         changes[_SHARED] = max(0, layers - (total - shared))
     return changes
+
+
+def _by_number(value: dict[Any, Any]) -> bool:
+    return bool(value) and all(str(key).isdecimal() for key in value)
+
+
+def _default(kind: type[PretrainedConfig]) -> dict[str, Any]:
+    """The config of an architecture as its class makes it; nothing if that needs arguments."""
+    try:
+        default = kind()
+    except Exception:  # classes check themselves in many ways
+        return {}
+    return {**default.to_dict(), LAYERS: getattr(default, LAYERS, None)}
 
 
 def cut_config(
@@ -259,173 +258,3 @@ def final_norm(model: nn.Module) -> nn.Module:
             f"{type(module).__name__}; read all of its layers"
         )
     return module
-
-
-def blocks_to_keep(model: nn.Module, source: Source) -> int | None:
-    """How many blocks a live model has, if its checkpoint has more; else None."""
-    try:
-        stored = text_config(source.config()).num_hidden_layers
-        live = len(block_stack(model)[1])
-    except EmbedFilterError:
-        return None
-    return live if live < stored else None
-
-
-def block_numbers(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
-    """The blocks of those checkpoint tensors that belong to one, counted from 0.
-
-    Args:
-        model: The whole model, e.g. on the meta device.
-        names: Tensor names as the checkpoint has them.
-
-    Raises:
-        DepthError: If some block has no tensor.
-    """
-    path, stack = block_stack(model)
-    base = f"{getattr(model, 'base_model_prefix', '')}."
-    pattern = re.compile(rf"({re.escape(path)}|{re.escape(path.removeprefix(base))})\.(\d+)\..*")
-    keys = frozenset(names)
-
-    def numbers(named: Iterable[tuple[str, str]]) -> dict[str, int]:
-        matches = ((key, pattern.fullmatch(name)) for name, key in named)
-        return {key: int(match[2]) for key, match in matches if match}
-
-    found = numbers((key, key) for key in keys)
-    if not found:  # transformers renames when it loads
-        found = numbers(stored_names(model, keys).items())
-    missing = set(range(len(stack))) - set(found.values())
-    if missing:
-        raise DepthError(
-            f"a checkpoint that is cut must hold every block of {path}, got no tensor of block "
-            f"{min(missing)}; use all of its layers"
-        )
-    return found
-
-
-def cut_checkpoint(source: Source, target: Path, layers: int) -> None:
-    """Writes the first blocks of a checkpoint, and all that is in no block, as a smaller one.
-
-    Tensors are copied byte by byte, a piece at a time, shard by shard; only the files that hold
-    needed tensors are read, and on the Hub downloaded.
-
-    Args:
-        source: A language model.
-        target: An empty folder.
-        layers: Number of blocks that stay, >= 1.
-
-    Raises:
-        DepthError: If the model cannot be cut.
-        UnembeddingError: If config or weights are missing or damaged.
-    """
-    config = source.config()
-    document = read_json(
-        _local(source.files, CONFIG_FILE).read_bytes(), CONFIG_FILE, DepthError, infinity=True
-    )
-    checkpoint = open_checkpoint(source.files)
-    options = {"masked_lm": source.masked_lm, "trust_remote_code": source.trust_remote_code}
-    whole = meta_model(config, **options)
-    dropped = {n for n, i in block_numbers(whole, checkpoint.names).items() if i >= layers}
-    for file in _small(source):
-        shutil.copyfile(file, target / file.name)
-    document = cut_config(document, config, layers)
-    (target / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    kept = Source(str(target), trust_remote_code=source.trust_remote_code).config()
-    _check_cut(whole, meta_model(kept, **options), layers)
-    places: dict[str, str] = {}
-    for shard, tensors in _shards(source.files, checkpoint, checkpoint.names - dropped):
-        write_safetensors(target / shard, tensors)
-        places |= dict.fromkeys(tensors, shard)
-    if set(places.values()) != {SAFETENSORS_FILE}:
-        size = sum((target / shard).stat().st_size for shard in set(places.values()))
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        (target / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _shards(
-    files: ModelFiles, checkpoint: Checkpoint, names: frozenset[str]
-) -> Iterator[tuple[str, dict[str, RawTensor]]]:
-    """File name and tensors of every shard that holds a needed tensor."""
-    for shard in dict.fromkeys(checkpoint.place(name) for name in sorted(names)):
-        if isinstance(checkpoint, TorchCheckpoint):
-            state = checkpoint.load(shard)
-            found = {key: RawTensor.of(state[key]) for key in state if key in names}
-            yield shard.replace("pytorch_model", "model").replace(".bin", ".safetensors"), found
-        else:
-            stored = raw_tensors(LocalSafetensors(_local(files, shard)))
-            yield shard, {key: stored[key] for key in stored if key in names}
-
-
-def _local(files: ModelFiles, file: str) -> Path:
-    path = files.path(file)
-    if path is None:
-        raise DepthError(f"a model that is cut must hold {file}, got none in {files.where}")
-    return path
-
-
-def _small(source: Source) -> list[Path]:
-    """Every file but the weights that a backbone and its card need."""
-    if source.is_folder:
-        folder = Path(source.name)
-        check_links(folder)
-        return small_files(folder)
-    try:
-        options = source.for_transformers()
-        del options["trust_remote_code"]
-        ignored = ["*.safetensors", "*.bin", "*.gguf", "*.pth", "*.onnx", "*/*"]
-        return small_files(Path(snapshot_download(source.name, **options, ignore_patterns=ignored)))
-    except (OSError, ValueError) as error:
-        raise explained(error, source.name, source.revision) from error
-
-
-def _check_cut(whole: nn.Module, cut: nn.Module, layers: int) -> None:
-    """The cut config must describe the same model but for the blocks that are gone."""
-    path, _ = block_stack(whole)
-    block = re.compile(rf"{re.escape(path)}\.(\d+)\..*")
-
-    def stays(name: str) -> bool:
-        match = block.fullmatch(name)
-        return match is None or int(match[1]) < layers
-
-    expected = {n: v.shape for n, v in whole.state_dict().items() if stays(n)}
-    found = {name: value.shape for name, value in cut.state_dict().items()}
-    if expected != found:
-        different = sorted(set(expected.items()) ^ set(found.items()))
-        raise DepthError(
-            f"a model that is cut must keep the shape of its first blocks, got another "
-            f"{different[0][0]!r} in {type(whole).__name__}; use all of its layers"
-        )
-
-
-def load_cut(
-    source: Source, layers: float | int, load: Callable[[Source], Transformer]
-) -> tuple[Transformer, Depth]:
-    """Loads the first blocks of a language model as the first module of a `SentenceTransformer`.
-
-    The cut checkpoint is written into a temporary folder that lives as long as the module, and
-    loaded as any other. An adapter must be merged first: its model is loaded whole and cut live.
-
-    Args:
-        source: A language model, or an adapter of one.
-        layers: Number of blocks or ratio of them, see `Depth.parse`.
-        load: Loads a whole model.
-
-    Raises:
-        DepthError: If the model cannot be cut, or not there.
-    """
-    if source.files.path(ADAPTER_CONFIG) is not None:
-        backbone = load(source)
-        return backbone, cut_model(backbone.auto_model, layers)
-    depth = Depth.parse(layers, text_config(source.config()).num_hidden_layers)
-    if depth.layers == depth.of:
-        return load(source), depth
-    folder = tempfile.mkdtemp(prefix="st-embfilter-")
-    try:
-        cut_checkpoint(source, Path(folder), max(1, depth.layers))
-        backbone = load(Source(folder, trust_remote_code=source.trust_remote_code))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    weakref.finalize(backbone, shutil.rmtree, folder, ignore_errors=True)
-    if depth.layers == 0:
-        cut_model(backbone.auto_model, 0)
-    return backbone, depth

@@ -36,7 +36,7 @@ from st_embfilter.model.backbone import (
     source_name,
     tokenizer_patch,
 )
-from st_embfilter.model.depth import blocks_to_keep, cut_checkpoint
+from st_embfilter.model.cut import blocks_to_keep, cut_checkpoint
 from st_embfilter.model.layer import EmbedFilterLayer, check_placement
 from st_embfilter.model.metadata import METADATA_FILE
 from st_embfilter.model.modules_file import MODULES_FILE

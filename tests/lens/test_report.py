@@ -396,7 +396,7 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["/nowhere", "--report", "x.html"], "a model folder must exist, got /nowhere"),
-        ([DEMO_LM, "tea", "--layer", "7"], "layers must be an int in [0, 6]"),
+        ([DEMO_LM, "tea", "--layers", "7"], "layers must be an int in [0, 6]"),
         ([DEMO_LM, "--corpus", "none.txt"], "must be a file or a dataset's Hub id"),
         ([DEMO_LM, "--counts", DEMO_LM / "config.json"], "must hold token counts"),
         ([DEMO_LM, "tea", "--band", "middle"], "band must be one of bulk"),
@@ -409,3 +409,28 @@ def test_errors_are_one_sentence(arguments: list[object], message: str) -> None:
     assert result.exit_code == 1
     assert message in words(result)
     assert "Traceback" not in result.output
+
+
+def test_the_lens_at_a_depth_shows_the_model_that_is_built_to_it(tmp_path: Path) -> None:
+    built = CliRunner().invoke(
+        app, ["build", str(DEMO_LM), "--layers", "1/2", "-o", str(tmp_path / "cut"), "-q"]
+    )
+    assert built.exit_code == 0, built.output
+    shown = []
+    for model, more in ((DEMO_LM, ["--layers", "1/2"]), (tmp_path / "cut", [])):
+        result = cli(model, "The glacier retreats.", "--json", "--quiet", *more)
+        assert result.exit_code == 0, result.output
+        shown.append(json.loads(result.stdout)["texts"][0])
+    for side in ("before", "after"):
+        found, expected = ({t["id"]: t["probability"] for t in one[side]} for one in shown)
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_former_name_of_layers_still_works_and_says_so() -> None:
+    result = cli(DEMO_LM, "tea", "--layer", "2", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "--layer is now --layers" in result.stderr
+    assert "layers = 2" in words(result)
+    both = cli(DEMO_LM, "tea", "--layer", "2", "--layers", "3")
+    assert both.exit_code == 2
+    assert "give --layers alone" in re.sub(r"[\s│]+", " ", both.output)
