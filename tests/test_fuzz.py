@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from st_embfilter.errors import FormatError, PlacementError, UnembeddingError
-from st_embfilter.files.tensors import FolderFiles, open_checkpoint, parse_header, parse_index
+from st_embfilter.files.folder import FolderFiles
+from st_embfilter.files.stored import parse_header
+from st_embfilter.files.tensors import open_checkpoint, parse_index
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.modules_file import filter_module, parse_modules
 

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: read any bytes of a file, write a folder as one commit.
+"""Models on the Hugging Face Hub: any bytes of a file.
 
 Requests go through huggingface_hub's own session and headers, so that its endpoint, token, proxies,
 offline mode and cache are those of every other library.
@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
     constants,
     get_hf_file_metadata,
     get_session,
@@ -32,14 +27,8 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import (  # type: ignore[attr-defined] # it lists no exports
     build_hf_headers,
@@ -48,37 +37,17 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined] # it lists no 
 )
 
 from st_embfilter.errors import HubError
-from st_embfilter.files.tensors import FolderFiles, LocalSafetensors, ModelFiles, SafetensorsFile
-
-#: Tries after the first, each without a single byte of progress.
-RETRIES: Final = 5
-
-#: Seconds before the first retry, which double up to the last figure.
-FIRST_WAIT: Final = 0.5
-MAX_WAIT: Final = 8.0
-
-#: The longest time in seconds that a server may make us wait (`Retry-After`).
-MAX_RETRY_AFTER: Final = 300.0
-
-_TRANSIENT: Final = (408, 429)
-
-# The base of HTTP errors is that of requests, httpx or httpx2, as huggingface_hub has it; those of
-# requests are OSErrors.
-_ERRORS: Final[tuple[type[Exception], ...]] = (
-    HfHubHTTPError.__mro__[1],
-    OSError,
-    EntryNotFoundError,
-    HFValidationError,
+from st_embfilter.files.folder import FolderFiles, ModelFiles
+from st_embfilter.files.hub_errors import (
+    ERRORS,
+    RETRIES,
+    BrokenError,
+    MissingError,
+    explained,
+    is_transient,
+    retry_wait,
 )
-_UPLOAD_ERRORS: Final[tuple[type[Exception], ...]] = (*_ERRORS, RuntimeError, ValueError)
-_FINAL: Final = (OfflineModeIsEnabled, LocalTokenNotFoundError, HFValidationError)
-
-#: Files of an earlier push that would change how the new model loads.
-_STALE: Final = re.compile(
-    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
-    r"|modules\.json|sentence_bert_config\.json|embfilter(_spectrum)?\.(json|safetensors)"
-    r"|[1-9]_\w+/.*"
-)
+from st_embfilter.files.stored import LocalSafetensors, SafetensorsFile
 
 _T = TypeVar("_T")
 
@@ -120,14 +89,6 @@ def model_files(
         cache_folder=cache_folder,
         local_files_only=local_files_only,
     )
-
-
-class _MissingError(HubError):
-    """The repository has no such file (offline: the cache has none)."""
-
-
-class _BrokenError(OSError):
-    """A response that is worth another try."""
 
 
 class HubFiles(ModelFiles):
@@ -184,7 +145,7 @@ class HubFiles(ModelFiles):
                     local_files_only=self._offline,
                 )
             )
-        except _MissingError:
+        except MissingError:
             return None
         path = Path(found)
         self._commit = path.parents[len(PurePosixPath(file).parts) - 1].name
@@ -216,7 +177,7 @@ class HubFiles(ModelFiles):
                     self._opened[file] = RemoteSafetensors(
                         file, url, self._token, self._retrying, cached
                     )
-                except _MissingError:
+                except MissingError:
                     return None
         return self._opened[file]
 
@@ -227,16 +188,16 @@ class HubFiles(ModelFiles):
                 return action()
             except HubError:
                 raise
-            except _ERRORS as error:
+            except ERRORS as error:
                 missing = isinstance(error, EntryNotFoundError)
                 if missing and (self._offline or not isinstance(error, LocalEntryNotFoundError)):
-                    raise _MissingError(
+                    raise MissingError(
                         f"{self.where} must hold the file that is read, got none; it was removed"
                     ) from error
-                if attempt == RETRIES or not _is_transient(error):
+                if attempt == RETRIES or not is_transient(error):
                     raise explained(error, self.name, self._revision) from error
                 logger.info("retrying %s after %s", self.name, type(error).__name__)
-                time.sleep(_wait(error, attempt))
+                time.sleep(retry_wait(error, attempt))
         raise AssertionError  # the loop has no end
 
 
@@ -331,19 +292,19 @@ class RemoteSafetensors(SafetensorsFile):
                     done += len(chunk)
         except HubError:
             raise
-        except _ERRORS as error:
-            if done == 0 or not _is_transient(error):
+        except ERRORS as error:
+            if done == 0 or not is_transient(error):
                 raise
             logger.info("resuming %s at byte %d", self.name, start + done)
         if done == 0:
-            raise _BrokenError("empty answer")
+            raise BrokenError("empty answer")
         self._fresh = done == len(into)
         return done
 
     def _check(self, response: Any, start: int, length: int) -> None:
         """Checks that a response carries the bytes that were asked for."""
         if response.status_code >= 400 and not self._at_hub:
-            raise _BrokenError(f"HTTP {response.status_code} from the storage")  # an expired link
+            raise BrokenError(f"HTTP {response.status_code} from the storage")  # an expired link
         hf_raise_for_status(response)
         asked = f"bytes {start}-{start + length - 1}/{self.size}"
         given = response.headers.get("Content-Range")
@@ -358,7 +319,7 @@ class RemoteSafetensors(SafetensorsFile):
             raise self._changed(self._served, etag)
         self._served = etag
         if given != asked or int(response.headers.get("Content-Length", length)) != length:
-            raise _BrokenError(
+            raise BrokenError(
                 f"{given}, {response.headers.get('Content-Length')} bytes for {asked}"
             )
 
@@ -367,111 +328,6 @@ class RemoteSafetensors(SafetensorsFile):
             f"{self.name} must stay the same while it is read, got ETag {after} after {before}; "
             "run it again"
         )
-
-
-def upload(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    commit_message: str,
-    contents: Mapping[str, bytes] | None = None,
-    private: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-    token: str | bool | None = None,
-) -> CommitInfo:
-    """Writes a folder to a model repository, which is made if need be, as one commit.
-
-    Weights and modules of an earlier model there are removed in the same commit; other files stay.
-
-    Args:
-        folder: All of its files are uploaded but hidden ones.
-        repo_id: E.g. "org/name".
-        commit_message: Its first line.
-        contents: Files to write with another content than in the folder.
-        private: Visibility of a new repository; one that exists keeps its own.
-        revision: Branch to commit to, made if need be; None for the main one.
-        create_pr: Open a pull request instead.
-        token: Hub token.
-
-    Raises:
-        HubError: If the Hub refuses. A commit holds all files or none.
-    """
-    folder = Path(folder)
-    paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    hidden = [name for name in paths if any(part.startswith(".") for part in name.parts)]
-    files: dict[str, Path | bytes] = {
-        name.as_posix(): path for name, path in paths.items() if name not in hidden
-    }
-    files |= contents or {}
-    api = HfApi(token=token)
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        present = api.list_repo_files(repo_id, revision=None if create_pr else revision)
-        stale = [file for file in present if _STALE.fullmatch(file) and file not in files]
-        # Not upload_folder: with hf_xet installed it may split the upload into several commits.
-        return api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationDelete(file) for file in stale),
-                *(CommitOperationAdd(name, files[name]) for name in sorted(files)),
-            ],
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-        )
-    except _UPLOAD_ERRORS as error:
-        raise explained(error, repo_id, revision) from error
-
-
-def explained(error: BaseException, repo_id: str, revision: str | None) -> HubError:
-    """An error of huggingface_hub in one sentence that says what to do."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    # A plain ValueError is the Hub's verdict on the content, and says it.
-    verdict = isinstance(error, ValueError)
-    if status is None and isinstance(error.__cause__, _ERRORS) and not verdict:
-        return explained(error.__cause__, repo_id, revision)
-    log_in = "log in with `hf auth login`, set HF_TOKEN or pass token="
-    if isinstance(error, HFValidationError):
-        text = f"a Hub repository must be named like 'org/name', got {repo_id!r}"
-    elif isinstance(error, OfflineModeIsEnabled):
-        text = f"{repo_id} must be in the cache while HF_HUB_OFFLINE is set; unset it to go online"
-    elif isinstance(error, LocalTokenNotFoundError):
-        text = f"{repo_id} needs a token, got none; {log_in}"
-    elif isinstance(error, GatedRepoError):
-        text = (
-            f"{repo_id} is gated and needs a token with access, got {status}; ask for access on "
-            f"its page, then {log_in}"
-        )
-    elif isinstance(error, RevisionNotFoundError):
-        text = f"{repo_id} must have the revision {revision!r}, got {status}; check its name"
-    elif isinstance(error, RepositoryNotFoundError) or status == 404:
-        text = (
-            f"{repo_id} must be a model folder or a Hub repository, got {status}: it does not "
-            f"exist, or it is private; check its name, or {log_in}"
-        )
-    elif status == 401:
-        text = f"{repo_id} needs a valid token or does not exist, got 401; {log_in}"
-    elif status == 403:
-        text = f"{repo_id} needs a token with the right to do this, got 403; {log_in}"
-    elif status in _TRANSIENT or (status or 0) >= 500:
-        text = f"the Hub must answer for {repo_id}, got {status}; try again later"
-    elif status is not None:
-        text = f"the Hub must accept the request for {repo_id}, got {status}; check its arguments"
-    elif isinstance(error, OSError) and error.errno is not None:
-        text = f"cannot read or write files for {repo_id}: {error.strerror or error}"
-    elif isinstance(error, (ValueError, RuntimeError)):
-        reason = " ".join(str(error).split()) or type(error).__name__
-        text = f"the Hub must accept the files for {repo_id}, got: {reason}"
-    else:
-        what = str(error) if isinstance(error, _BrokenError) else type(error).__name__
-        text = (
-            f"the Hub ({constants.ENDPOINT}) must be reachable to read or write {repo_id}, got "
-            f"{what}; check the connection, HF_ENDPOINT and proxies"
-        )
-    return HubError(text)
 
 
 @contextmanager
@@ -485,24 +341,6 @@ def _get(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[byte
     else:
         with session.get(url, headers=headers, timeout=timeout, stream=True) as response:
             yield response, response.iter_content(2**16)
-
-
-def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, (*_FINAL, EntryNotFoundError)):
-        return False
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status in _TRANSIENT or status >= 500
-    # An error number is the disk's or the cache's; errors on the wire are wrapped and have none.
-    return getattr(error, "errno", None) is None
-
-
-def _wait(error: BaseException, attempt: int) -> float:
-    """Seconds until the next try: doubling, or what the server asks for."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    asked = headers.get("Retry-After", "")
-    backoff = min(MAX_WAIT, FIRST_WAIT * 2.0**attempt)
-    return max(backoff, min(float(asked), MAX_RETRY_AFTER)) if asked.isdigit() else backoff
 
 
 def _origin(url: str) -> tuple[str, str]:

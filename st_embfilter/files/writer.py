@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from st_embfilter.files.tensors import SAFETENSORS_DTYPES, SafetensorsFile
+from st_embfilter.files.stored import SAFETENSORS_DTYPES, SafetensorsFile
 
 _PIECE: Final = 16 * 2**20
 _ALIGNMENT: Final = 8

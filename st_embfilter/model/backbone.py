@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from st_embfilter.errors import BackboneError, EmbedFilterError, UnembeddingError
-from st_embfilter.files.tensors import SAFETENSORS_FILE, TORCH_FILE, check_inside
+from st_embfilter.files.folder import check_inside
+from st_embfilter.files.tensors import SAFETENSORS_FILE, TORCH_FILE
 from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.whole import check_finite, loaded_whole
 from st_embfilter.text import first_line, read_json

@@ -18,9 +18,11 @@ from sentence_transformers.sentence_transformer.modules import Dense, Module, No
 from torch import Tensor, nn
 
 from st_embfilter.errors import FormatError, PlacementError, ShapeError
-from st_embfilter.files.hub import model_files, upload
+from st_embfilter.files.folder import ModelFiles
+from st_embfilter.files.hub import model_files
 from st_embfilter.files.staging import staged
-from st_embfilter.files.tensors import SAFETENSORS_FILE, ModelFiles
+from st_embfilter.files.tensors import SAFETENSORS_FILE
+from st_embfilter.files.upload import upload
 from st_embfilter.model.metadata import METADATA_FILE, SPECTRUM_FILE, FilterMetadata
 from st_embfilter.model.modules_file import IDENTITY
 

@@ -16,13 +16,8 @@ from torch import Tensor, nn
 
 from st_embfilter.errors import FormatError
 from st_embfilter.files.staging import staged
-from st_embfilter.files.tensors import (
-    SAFETENSORS_DTYPES,
-    SAFETENSORS_FILE,
-    Checkpoint,
-    StoredTensor,
-    open_checkpoint,
-)
+from st_embfilter.files.stored import SAFETENSORS_DTYPES, StoredTensor
+from st_embfilter.files.tensors import SAFETENSORS_FILE, Checkpoint, open_checkpoint
 from st_embfilter.model.backbone import backbone_files, check_links
 from st_embfilter.model.baked import reading_rows, rotation_of, row_spans, writing_rows
 from st_embfilter.model.layer import EmbedFilterLayer

@@ -21,8 +21,8 @@ from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_inde
 from huggingface_hub.utils import validate_repo_id, yaml_dump  # type: ignore[attr-defined]
 
 from st_embfilter.errors import FormatError
+from st_embfilter.files.folder import FolderFiles, ModelFiles
 from st_embfilter.files.staging import replace_file
-from st_embfilter.files.tensors import FolderFiles, ModelFiles
 from st_embfilter.model.depth import Depth
 from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE, parse_modules

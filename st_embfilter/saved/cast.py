@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from st_embfilter.errors import BackboneError
-from st_embfilter.files.tensors import SAFETENSORS_DTYPES, LocalSafetensors
+from st_embfilter.files.stored import SAFETENSORS_DTYPES, LocalSafetensors
 from st_embfilter.files.writer import RawTensor, raw_tensors, write_safetensors
 from st_embfilter.text import read_json
 

@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Transforme
 from torch import nn
 
 from st_embfilter.errors import BackboneError, EmbedFilterError, FormatError
-from st_embfilter.files.tensors import ModelFiles
+from st_embfilter.files.folder import ModelFiles
 from st_embfilter.model.backbone import measured
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import EmbedFilterLayer, filter_of, read_filter

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 
 from st_embfilter.errors import FormatError, LinkError
-from st_embfilter.files.hub import upload
-from st_embfilter.files.tensors import SAFETENSORS_FILE, links_out, read_index
+from st_embfilter.files.folder import links_out
+from st_embfilter.files.tensors import SAFETENSORS_FILE, read_index
+from st_embfilter.files.upload import upload
 from st_embfilter.model.backbone import backbone_files
 from st_embfilter.model.layer import EmbedFilterLayer, filter_card
 from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata

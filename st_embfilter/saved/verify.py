@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModel
 
 from st_embfilter.errors import EmbedFilterError, FormatError, HubError
-from st_embfilter.files.tensors import SAFETENSORS_FILE, ModelFiles, links_out
+from st_embfilter.files.folder import ModelFiles, links_out
+from st_embfilter.files.tensors import SAFETENSORS_FILE
 from st_embfilter.model import echo_pooling
 from st_embfilter.model.calibrate import calibrate_filter, sample_texts
 from st_embfilter.model.depth import text_config

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from st_embfilter.errors import HubError, UnembeddingError
-from st_embfilter.files.tensors import ModelFiles, StoredTensor
+from st_embfilter.files.folder import ModelFiles
+from st_embfilter.files.stored import StoredTensor
 from st_embfilter.text import first_line, read_json
 
 ADAPTER_CONFIG: Final = "adapter_config.json"

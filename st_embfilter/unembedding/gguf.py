@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from st_embfilter.errors import UnembeddingError
-from st_embfilter.files.tensors import StoredTensor
+from st_embfilter.files.stored import StoredTensor
 from st_embfilter.text import shown
 
 #: Names that the GGUF specification gives to the output and to the input embedding.

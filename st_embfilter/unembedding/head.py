@@ -19,7 +19,8 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from st_embfilter.errors import UnembeddingError
-from st_embfilter.files.tensors import Checkpoint, StoredTensor
+from st_embfilter.files.stored import StoredTensor
+from st_embfilter.files.tensors import Checkpoint
 from st_embfilter.text import first_line
 from st_embfilter.unembedding.adapter import Adapter
 from st_embfilter.unembedding.quantized import check_not_packed, dequantized

@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from st_embfilter.files.tensors import StoredTensor
+from st_embfilter.files.stored import StoredTensor
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import Precision, spectrum_of
 from st_embfilter.spectrum.spectrum import Spectrum

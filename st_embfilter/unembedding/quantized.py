@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from st_embfilter.errors import UnembeddingError
-from st_embfilter.files.tensors import Checkpoint, StoredTensor
+from st_embfilter.files.stored import StoredTensor
+from st_embfilter.files.tensors import Checkpoint
 
 #: Tensors beside an 8-bit "weight" that it is multiplied by, and the factor on top: block scales of
 #: fine-grained FP8, scales of compressed-tensors and others, row maxima of bitsandbytes.

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from st_embfilter.errors import UnembeddingError
+from st_embfilter.files.folder import ModelFiles
 from st_embfilter.files.hub import is_repo_id, model_files
-from st_embfilter.files.tensors import ModelFiles, StoredTensor, open_checkpoint
+from st_embfilter.files.stored import StoredTensor
+from st_embfilter.files.tensors import open_checkpoint
 from st_embfilter.unembedding.adapter import Adapter
 from st_embfilter.unembedding.gguf import find_gguf, read_gguf, read_gguf_gain
 from st_embfilter.unembedding.head import (
