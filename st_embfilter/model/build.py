@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -22,7 +22,7 @@ from st_embfilter.errors import (
     PromptError,
     ShapeError,
 )
-from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH, load_backbone, measured
+from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH, TEXT_ONLY, load_backbone, measured
 from st_embfilter.model.calibrate import calibrate_filter, sample_texts
 from st_embfilter.model.cut import load_cut
 from st_embfilter.model.find import find_filter
@@ -31,7 +31,6 @@ from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.prompts import Encoding, Recipe, parse_prompt
 from st_embfilter.model.static import check_static, fold, token_embeddings
-from st_embfilter.model.tokenizer import apply_recipe, modality_config, transformer_class
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import Precision
 from st_embfilter.spectrum.whitening import DEFAULT_STRENGTH, check_strength
@@ -147,8 +146,8 @@ def from_causal_lm(
         load_backbone,
         max_seq_length=max_seq_length,
         dtype=torch.float32 if static else dtype,
-        module_class=transformer_class(recipe),
-        modality_config=modality_config(recipe),
+        module_class=Transformer if recipe is None else recipe.transformer,
+        modality_config=TEXT_ONLY if recipe is None else recipe.modality_config,
     )
     backbone, depth = (
         (load_whole(source), None) if layers is None else load_cut(source, layers, load_whole)
@@ -167,7 +166,7 @@ def from_causal_lm(
         modules = [backbone, Pooling(width, pooling or "mean"), layer]
     else:
         recipe = recipe.for_model(backbone.config.model_type)
-        modules = [backbone, apply_recipe(backbone, recipe, pooling), layer]
+        modules = [backbone, recipe.apply(backbone, pooling), layer]
         layer.metadata = replace(layer.metadata, prompt=recipe.to_dict())
     if normalize:
         modules.append(Normalize())

@@ -1,6 +1,8 @@
 """Prompt recipes: what stands around a text when a language model reads it.
 
-Pure data; what a recipe does to a tokenizer and a model is in `prompting.py`.
+One class each: its templates, how they go into a tokenizer, its modules, and its keys in
+`embfilter.json`. Modules of its own are one more file of this room that imports nothing of ours; it
+is copied into saved folders.
 """
 
 from __future__ import annotations
@@ -10,10 +12,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Final, Literal, get_args
 
-from st_embfilter.errors import PromptError
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from transformers import PreTrainedTokenizerFast
 
-#: Stands for the text in a template.
-SLOT: Final = "{text}"
+from st_embfilter.errors import PromptError
+from st_embfilter.model.backbone import TEXT_ONLY
+from st_embfilter.model.echo_pooling import EchoPooling, EchoTransformer
+from st_embfilter.model.meta_eol import MetaEOLTransformer
+from st_embfilter.model.tokenizer import (
+    SLOT,
+    chat_template,
+    frozen,
+    leading_ids,
+    put_around,
+    rendered_ids,
+    start_token,
+    token_ids,
+)
+
+#: The exact encoding goes through a chat template; `flat` hands it the text as it is.
+_MESSAGES: Final[dict[str, Any]] = {
+    **TEXT_ONLY,
+    "message": {**TEXT_ONLY["text"], "format": "flat"},
+}
 
 #: How the template of `PromptEOL` becomes tokens.
 Encoding = Literal["portable", "exact"]
@@ -38,10 +59,16 @@ class Recipe(ABC):
         name: Name of the recipe, in `embfilter.json` and for `prompt=`.
         own_pooling: Mode of `Pooling` that goes with it unless another is asked for; None if its
             pooling is code of its own.
+        transformer: Class of the first module.
+        pooling: Class of the second module.
+        times: How often a text stands in one sequence.
     """
 
     name: ClassVar[str]
     own_pooling: ClassVar[str | None] = None
+    transformer: ClassVar[type[Transformer]] = Transformer
+    pooling: ClassVar[type[Pooling]] = Pooling
+    times: ClassVar[int] = 1
 
     @property
     @abstractmethod
@@ -52,6 +79,65 @@ class Recipe(ABC):
     def encoding(self) -> Encoding:
         """How the templates become tokens."""
         return "portable"
+
+    @property
+    def modality_config(self) -> dict[str, Any]:
+        """What the first module calls on the backbone: plain text, or messages."""
+        return _MESSAGES if self.encoding == "exact" else TEXT_ONLY
+
+    def apply(self, backbone: Transformer, pooling: str | None = None) -> Pooling:
+        """Puts every text of a backbone into the prompt.
+
+        Args:
+            backbone: A module of the class and the `modality_config` of the recipe, whose templates
+                are known, see `for_model`; its tokenizer is replaced.
+            pooling: Mode of `Pooling`; None for the recipe's own.
+
+        Returns:
+            The pooling that goes with it.
+
+        Raises:
+            PromptError: If the tokenizer or `max_seq_length` does not fit the recipe.
+        """
+        if pooling is not None and self.own_pooling is None:
+            raise PromptError(f"{self.name} has a pooling of its own, got pooling={pooling!r}")
+        tokenizer = frozen(backbone.tokenizer)
+        pieces = [
+            [token_ids(tokenizer, piece) for piece in template.split(SLOT)]
+            for template in self.templates
+        ]
+        fixed = self._install(backbone, tokenizer, pieces)
+        backbone.processor = tokenizer
+        limit = backbone.max_seq_length
+        if limit is not None and limit < fixed + self.times:
+            raise PromptError(
+                f"max_seq_length must leave room for the text beside the {fixed} tokens of the "
+                f"prompt, got {limit}; raise it or shorten the template"
+            )
+        return self._pool(backbone.get_embedding_dimension(), fixed, pooling)
+
+    @abstractmethod
+    def _install(
+        self,
+        backbone: Transformer,
+        tokenizer: PreTrainedTokenizerFast,
+        pieces: list[list[list[int]]],
+    ) -> int:
+        """Makes a backbone read its texts in the prompt.
+
+        Args:
+            backbone: The first module, which may keep what it needs.
+            tokenizer: The one that it will have, changed in place.
+            pieces: For each template the ids before, between and after its texts.
+
+        Returns:
+            The number of tokens in a sequence that are none of the text.
+        """
+
+    def _pool(self, width: int, fixed: int, mode: str | None) -> Pooling:
+        """The second module for embeddings of a width and that number of fixed tokens."""
+        module: Pooling = Pooling(width, mode or self.own_pooling or "mean")
+        return module
 
     def for_model(self, model_type: str) -> Recipe:
         """The recipe with the templates that the paper has for a model type; mostly itself."""
@@ -122,6 +208,19 @@ class PromptEOL(Recipe):
         """Its one template."""
         return (self.template or self.default,)
 
+    def _install(
+        self,
+        backbone: Transformer,
+        tokenizer: PreTrainedTokenizerFast,
+        pieces: list[list[list[int]]],
+    ) -> int:
+        if self.encoding == "exact":
+            tokenizer.chat_template = chat_template(tokenizer, self.templates[0])
+            return len(rendered_ids(tokenizer, ""))
+        before, after = pieces[0]
+        put_around(tokenizer, [leading_ids(tokenizer) + before, after])
+        return tokenizer.num_special_tokens_to_add()
+
     @property
     def option(self) -> str:
         """Its template, or its name as long as it has none of its own."""
@@ -142,6 +241,9 @@ class Echo(Recipe):
     """
 
     name: ClassVar[str] = "echo"
+    transformer: ClassVar[type[Transformer]] = EchoTransformer
+    pooling: ClassVar[type[Pooling]] = EchoPooling
+    times: ClassVar[int] = 2
 
     template: str = f"Rewrite the following paragraph: {SLOT}. The rewritten paragraph: {SLOT}"
 
@@ -157,6 +259,23 @@ class Echo(Recipe):
     def templates(self) -> tuple[str, ...]:
         """Its one template."""
         return (self.template,)
+
+    def _install(
+        self,
+        backbone: Transformer,
+        tokenizer: PreTrainedTokenizerFast,
+        pieces: list[list[list[int]]],
+    ) -> int:
+        eos = tokenizer.eos_token_id
+        if eos is None:
+            raise PromptError("ECHO closes texts with an EOS token, got a tokenizer without one")
+        before, middle, _ = pieces[0]
+        start = start_token(tokenizer)
+        put_around(tokenizer, [[eos if start is None else start, *before], middle, [eos]])
+        return tokenizer.num_special_tokens_to_add()
+
+    def _pool(self, width: int, fixed: int, mode: str | None) -> Pooling:
+        return EchoPooling(width, fixed)
 
 
 @dataclass(frozen=True)
@@ -174,6 +293,7 @@ class MetaEOL(Recipe):
     """
 
     name: ClassVar[str] = "metaeol"
+    transformer: ClassVar[type[Transformer]] = MetaEOLTransformer
 
     templates: tuple[str, ...] = _META_TEMPLATES
 
@@ -185,6 +305,17 @@ class MetaEOL(Recipe):
         object.__setattr__(self, "templates", tuple(self.templates))
         for template in self.templates:
             _check_template(template, 1)
+
+    def _install(
+        self,
+        backbone: Transformer,
+        tokenizer: PreTrainedTokenizerFast,
+        pieces: list[list[list[int]]],
+    ) -> int:
+        lead = leading_ids(tokenizer)
+        prompts = [[lead + before, after] for before, after in pieces]
+        backbone.prompt_token_ids = prompts  # type: ignore[assignment] # of MetaEOLTransformer
+        return max(len(before) + len(after) for before, after in prompts)
 
 
 #: Every recipe by its name.

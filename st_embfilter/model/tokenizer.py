@@ -1,4 +1,4 @@
-"""Prompt recipes on a model: what they do to its tokenizer, its pooling and its saved files."""
+"""What a prompt does to a tokenizer: fixed ids around every text, or a chat template of its own."""
 
 from __future__ import annotations
 
@@ -8,24 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import Tokenizer, processors
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from st_embfilter.errors import PromptError
-from st_embfilter.model.backbone import TEXT_ONLY, TOKENIZER_CONFIG
-from st_embfilter.model.echo_pooling import EchoPooling, EchoTransformer
-from st_embfilter.model.meta_eol import MetaEOLTransformer
-from st_embfilter.model.prompts import SLOT, Echo, MetaEOL, PromptEOL, Recipe
+from st_embfilter.model.backbone import TOKENIZER_CONFIG
 from st_embfilter.text import read_json
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 
-#: The exact encoding goes through a chat template; `flat` hands it the text as it is.
-MESSAGES: Final[dict[str, Any]] = {
-    **TEXT_ONLY,
-    "message": {**TEXT_ONLY["text"], "format": "flat"},
-}
+#: Stands for the text in a template.
+SLOT: Final = "{text}"
 
 #: The one class that reads `tokenizer.json` as it is, in transformers 4 and 5.
 _TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"
@@ -47,75 +40,6 @@ _DOCUMENT_SEPARATOR: Final = "<|endoftext|>"
 
 #: Texts whose edges join differently with what stands around them.
 _PROBES: Final = ("", "word", " word ", "A word.", '"A word?"', "(1)\n", "\u05e9\u05dc\u05d5\u05dd")
-
-
-def transformer_class(recipe: Recipe | None) -> type[Transformer]:
-    """The first module of a model with this recipe."""
-    own: dict[type, type[Transformer]] = {Echo: EchoTransformer, MetaEOL: MetaEOLTransformer}
-    found: type[Transformer] = own.get(type(recipe), Transformer)
-    return found
-
-
-def modality_config(recipe: Recipe | None) -> dict[str, Any]:
-    """What the first module calls on the backbone: plain text, or messages."""
-    return MESSAGES if isinstance(recipe, PromptEOL) and recipe.encoding == "exact" else TEXT_ONLY
-
-
-def apply_recipe(backbone: Transformer, recipe: Recipe, pooling: str | None = None) -> Pooling:
-    """Puts every text of a backbone into the prompt.
-
-    Args:
-        backbone: Of the class `transformer_class` and the `modality_config` of the recipe; its
-            tokenizer is replaced.
-        recipe: With its templates known, see `for_model`.
-        pooling: Mode of `Pooling` for `PromptEOL`; None for the recipe's own.
-
-    Returns:
-        The pooling that goes with it.
-
-    Raises:
-        PromptError: If the tokenizer or `max_seq_length` does not fit the recipe.
-    """
-    if pooling is not None and not isinstance(recipe, PromptEOL):
-        raise PromptError(f"{recipe.name} has a pooling of its own, got pooling={pooling!r}")
-    width = backbone.get_embedding_dimension()
-    tokenizer = frozen(backbone.tokenizer)
-    lead = leading_ids(tokenizer)
-    pieces = [
-        [token_ids(tokenizer, piece) for piece in template.split(SLOT)]
-        for template in recipe.templates
-    ]
-    module: Pooling = Pooling(width, "mean")
-    if isinstance(recipe, MetaEOL):
-        prompts = [[lead + before, after] for before, after in pieces]
-        backbone.prompt_token_ids = prompts  # type: ignore[assignment] # of MetaEOLTransformer
-        fixed = max(len(before) + len(after) for before, after in prompts)
-    elif isinstance(recipe, Echo):
-        eos = tokenizer.eos_token_id
-        if eos is None:
-            raise PromptError("ECHO closes texts with an EOS token, got a tokenizer without one")
-        before, middle, _ = pieces[0]
-        start = start_token(tokenizer)
-        put_around(tokenizer, [[eos if start is None else start, *before], middle, [eos]])
-        fixed = tokenizer.num_special_tokens_to_add()
-        module = EchoPooling(width, fixed)
-    elif recipe.encoding == "exact":
-        tokenizer.chat_template = chat_template(tokenizer, recipe.templates[0])
-        fixed = len(_rendered_ids(tokenizer, ""))
-        module = Pooling(width, pooling or "lasttoken")
-    else:
-        before, after = pieces[0]
-        put_around(tokenizer, [lead + before, after])
-        fixed = tokenizer.num_special_tokens_to_add()
-        module = Pooling(width, pooling or "lasttoken")
-    backbone.processor = tokenizer
-    limit = backbone.max_seq_length
-    if limit is not None and limit < fixed + (2 if isinstance(recipe, Echo) else 1):
-        raise PromptError(
-            f"max_seq_length must leave room for the text beside the {fixed} tokens of the prompt, "
-            f"got {limit}; raise it or shorten the template"
-        )
-    return module
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -273,7 +197,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
             "{% for message in messages %}{{ message['content'] }}{% endfor %}"
             f"{{{{ {_literal(after)} }}}}"
         )
-        if wanted == [_rendered_ids(tokenizer, probe, jinja) for probe in _PROBES]:
+        if wanted == [rendered_ids(tokenizer, probe, jinja) for probe in _PROBES]:
             return jinja
     raise PromptError(
         "no chat template gives this tokenizer's ids of the whole prompt; use "
@@ -286,7 +210,7 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 
     Args:
         folder: Holds the files of the source already.
-        tokenizer: The live one, after `apply_recipe`.
+        tokenizer: The live one, after `Recipe.apply`.
     """
     for path in folder.iterdir():
         if _SOURCE_FILES.fullmatch(path.name):
@@ -320,9 +244,10 @@ def _backend_json(tokenizer: PreTrainedTokenizerBase) -> str:
     return json.dumps(document, ensure_ascii=False)
 
 
-def _rendered_ids(
+def rendered_ids(
     tokenizer: PreTrainedTokenizerBase, text: str, jinja: str | None = None
 ) -> list[int]:
+    """The ids of a text that went through a chat template; None for the tokenizer's own."""
     message = [{"role": "user", "content": text}]
     rendered = tokenizer.apply_chat_template(message, chat_template=jinja, tokenize=False)
     return token_ids(tokenizer, str(rendered))

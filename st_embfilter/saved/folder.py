@@ -40,7 +40,7 @@ from st_embfilter.model.cut import blocks_to_keep, cut_checkpoint
 from st_embfilter.model.layer import EmbedFilterLayer, check_placement
 from st_embfilter.model.metadata import METADATA_FILE
 from st_embfilter.model.modules_file import MODULES_FILE
-from st_embfilter.model.prompts import PromptEOL, Recipe, recipe_from_dict
+from st_embfilter.model.prompts import Recipe, recipe_from_dict
 from st_embfilter.model.static import static_metadata
 from st_embfilter.model.tokenizer import write_tokenizer
 from st_embfilter.saved.card import (
@@ -60,6 +60,7 @@ from st_embfilter.saved.layout import (
     POOLING_KEYS,
     TRANSFORMER_CONFIG,
     modules_document,
+    own_keys,
 )
 from st_embfilter.saved.runtimes import requirements, state_nesting
 from st_embfilter.saved.static import static_files, write_table
@@ -207,12 +208,10 @@ def _transformer_config(transformer: Transformer, recipe: Recipe | None) -> dict
         "max_seq_length": transformer.max_seq_length,
         "do_lower_case": bool(getattr(transformer, "do_lower_case", False)),
     }
-    if isinstance(recipe, PromptEOL) and recipe.encoding == "exact":
+    if recipe is not None and recipe.encoding == "exact":
         config["modality_config"] = transformer.modality_config
         config["module_output_name"] = transformer.module_output_name
-    if hasattr(transformer, "prompt_token_ids"):
-        config["prompt_token_ids"] = transformer.prompt_token_ids
-    return config
+    return config | {key: getattr(transformer, key) for key in own_keys(type(transformer))}
 
 
 def _pooling_config(pooling: Pooling) -> dict[str, Any]:

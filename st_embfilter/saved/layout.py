@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from sentence_transformers.sentence_transformer.modules import Transformer
+
 from st_embfilter.errors import FormatError
 from st_embfilter.files.tensors import SAFETENSORS_FILE
 from st_embfilter.model.metadata import METADATA_FILE, SPECTRUM_FILE
 from st_embfilter.model.modules_file import MODULES_FILE
+from st_embfilter.model.prompts import RECIPES
 
 CARD_FILE: Final = "README.md"
 RESULTS_FILE: Final = "results.jsonl"
@@ -40,9 +43,10 @@ PORTABLE_FILES: Final = (
 #: Modules that are saved with their code, by file. By name, because those that were loaded from
 #: such a folder are classes of their own.
 PLUGIN_CLASSES: Final = {
-    "EchoTransformer": "echo_pooling.py",
-    "EchoPooling": "echo_pooling.py",
-    "MetaEOLTransformer": "meta_eol.py",
+    module.__name__: f"{module.__module__.rpartition('.')[2]}.py"
+    for kind in RECIPES.values()
+    for module in (kind.transformer, kind.pooling)
+    if module.__module__.startswith("st_embfilter.")
 }
 
 POOLING_KEYS: Final = {
@@ -89,12 +93,7 @@ def plugin_files(modules: object) -> tuple[str, ...]:
         FormatError: If `save_pretrained` writes no such pipeline. The order, the classes and the
             folders all decide what sentence-transformers computes.
     """
-    pairs = (
-        ("Transformer", "Pooling"),
-        ("EchoTransformer", "EchoPooling"),
-        ("MetaEOLTransformer", "Pooling"),
-    )
-    for pair in pairs:
+    for pair in {(k.transformer.__name__, k.pooling.__name__) for k in RECIPES.values()}:
         for normalize in (False, True):
             if modules == modules_document(*pair, normalize=normalize):
                 return tuple(dict.fromkeys(PLUGIN_CLASSES[n] for n in pair if n in PLUGIN_CLASSES))
@@ -102,6 +101,11 @@ def plugin_files(modules: object) -> tuple[str, ...]:
         f"{MODULES_FILE} must hold Transformer > Pooling > Dense [> Normalize] in the folders "
         f"{', '.join(map(repr, _FOLDERS))} as save_pretrained writes them, got another pipeline"
     )
+
+
+def own_keys(transformer: type[Transformer]) -> list[str]:
+    """What the first module of a recipe keeps in its configuration beside what all of them keep."""
+    return [key for key in transformer.config_keys if key not in Transformer.config_keys]
 
 
 def check_transformer_config(config: Mapping[str, Any]) -> None:
@@ -118,7 +122,7 @@ def check_transformer_config(config: Mapping[str, Any]) -> None:
             "do_lower_case",
             "modality_config",
             "module_output_name",
-            "prompt_token_ids",
+            *(key for kind in RECIPES.values() for key in own_keys(kind.transformer)),
         },
     )
     check_length(config)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from st_embfilter.errors import FormatError
-from st_embfilter.files.tensors import ModelFiles
+from st_embfilter.files.folder import ModelFiles
 from st_embfilter.model.metadata import SPECTRUM_FILE
 from st_embfilter.model.tokenizer import TOKENIZER_FILE, single_pieces
 from st_embfilter.saved.layout import BACKBONE_CONFIG, MODEL_CONFIG
