@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from st_embfilter.errors import EmbedFilterError, FormatError
@@ -99,6 +100,16 @@ def read_json(
     if not isinstance(value, kind):
         raise error(f"{what} must be a JSON {_KINDS[kind]}, got {shown(data)[:60]}")
     return value
+
+
+def json_text(value: object) -> str:
+    """A JSON document as this package writes them: indented, in UTF-8, closed by a newline."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON document, see `json_text`."""
+    path.write_text(json_text(value), encoding="utf-8")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

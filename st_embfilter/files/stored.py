@@ -16,14 +16,27 @@ from torch import Tensor
 from st_embfilter.errors import UnembeddingError
 from st_embfilter.text import read_json
 
+#: Every dtype by its name in the safetensors format.
+DTYPE_NAMES: Final[dict[torch.dtype, str]] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+#: The dtypes of a matrix that can be read by rows.
 SAFETENSORS_DTYPES: Final[dict[str, torch.dtype]] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
+    name: dtype
+    for dtype, name in DTYPE_NAMES.items()
+    if dtype.is_floating_point or dtype == torch.int8
 }
 
 

@@ -6,40 +6,48 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, BinaryIO, Final, cast
 
 import torch
 from torch import Tensor
 
-from st_embfilter.files.stored import SAFETENSORS_DTYPES, SafetensorsFile
+from st_embfilter.files.stored import DTYPE_NAMES, SafetensorsFile
 
 _PIECE: Final = 16 * 2**20
 _ALIGNMENT: Final = 8
 
-_DTYPES: Final = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()} | {
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
 
 @dataclass(frozen=True)
-class RawTensor:
-    """A tensor as bytes, of any dtype and shape.
+class Slot:
+    """The place of a tensor in a file.
 
     Attributes:
-        dtype: As the safetensors format names it, e.g. "BF16".
+        dtype: Name in the safetensors format, e.g. "BF16".
         shape: Its sizes.
         nbytes: Its size in bytes.
-        pieces: Reads its bytes in order.
     """
 
     dtype: str
     shape: list[int]
     nbytes: int
+
+    @classmethod
+    def of_shape(cls, dtype: torch.dtype, shape: Iterable[int]) -> Slot:
+        """The place of a tensor of that dtype and shape."""
+        sizes = list(shape)
+        return cls(DTYPE_NAMES[dtype], sizes, prod(sizes) * dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class RawTensor(Slot):
+    """A tensor as bytes, of any dtype and shape.
+
+    Attributes:
+        pieces: Reads its bytes in order.
+    """
+
     pieces: Callable[[], Iterable[bytes | bytearray | memoryview]]
 
     @classmethod
@@ -51,7 +59,7 @@ class RawTensor:
             yield memoryview(cast("Any", flat.view(torch.uint8).numpy()))
 
         size = tensor.numel() * tensor.element_size()
-        return cls(_DTYPES[tensor.dtype], list(tensor.shape), size, pieces)
+        return cls(DTYPE_NAMES[tensor.dtype], list(tensor.shape), size, pieces)
 
 
 def raw_tensors(file: SafetensorsFile) -> dict[str, RawTensor]:
@@ -72,6 +80,43 @@ def raw_tensors(file: SafetensorsFile) -> dict[str, RawTensor]:
     return {name: entry(record) for name, record in ordered}
 
 
+class SafetensorsWriter:
+    """Fills the tensors of a new safetensors file in any order, piece by piece.
+
+    Args:
+        file: Open for writing, and empty.
+        slots: Places by name, in the order of their bytes.
+    """
+
+    def __init__(self, file: BinaryIO, slots: Mapping[str, Slot]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._file = file
+        self._starts: dict[str, int] = {}
+        end = 0
+        for name, slot in slots.items():
+            self._starts[name], end = end, end + slot.nbytes
+            offsets = [self._starts[name], end]
+            header[name] = {"dtype": slot.dtype, "shape": slot.shape, "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        file.write(struct.pack("<Q", len(text)) + text)
+        self._data = file.tell()
+        file.truncate(self._data + end)
+
+    def write(
+        self, name: str, pieces: Iterable[bytes | bytearray | memoryview], start: int = 0
+    ) -> None:
+        """Writes bytes of a tensor.
+
+        Args:
+            name: Name of its slot.
+            pieces: The bytes, in order.
+            start: Where they begin within the tensor, in bytes.
+        """
+        self._file.seek(self._data + self._starts[name] + start)
+        self._file.writelines(pieces)
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, RawTensor]) -> None:
     """Writes tensors in this order, one piece of one tensor in memory at a time.
 
@@ -79,19 +124,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, RawTensor]) -> None:
         path: The new file.
         tensors: By name.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            for piece in tensor.pieces():
-                file.write(piece)
+        writer = SafetensorsWriter(file, tensors)
+        for name, tensor in tensors.items():
+            writer.write(name, tensor.pieces())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -22,7 +21,7 @@ from st_embfilter.files.folder import check_inside
 from st_embfilter.files.tensors import SAFETENSORS_FILE, TORCH_FILE
 from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.whole import check_finite, loaded_whole
-from st_embfilter.text import first_line, read_json
+from st_embfilter.text import first_line, json_text, read_json
 from st_embfilter.unembedding.adapter import Adapter
 from st_embfilter.unembedding.source import Source
 
@@ -317,4 +316,4 @@ def tokenizer_patch(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bytes |
         return None
     config["pad_token"] = tokenizer.pad_token
     config["padding_side"] = tokenizer.padding_side
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return json_text(config).encode()

@@ -13,24 +13,19 @@ import json
 import logging
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterator
-from importlib import import_module
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, Final
 
 import torch
-from tokenizers import Tokenizer, pre_tokenizers, processors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import (
     GGUF_SUPPORTED_ARCHITECTURES,
-    GGUF_TO_TRANSFORMERS_MAPPING,
     TENSOR_PROCESSORS,
     TensorProcessor,
     get_gguf_hf_weights_map,
@@ -38,15 +33,17 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from st_embfilter.errors import BackboneError
 from st_embfilter.files.tensors import SAFETENSORS_FILE
-from st_embfilter.text import first_line
+from st_embfilter.files.writer import SafetensorsWriter, Slot
+from st_embfilter.model.gguf_tokenizer import gguf_tokenizer, write_tokenizer
+from st_embfilter.text import first_line, write_json
 from st_embfilter.unembedding.gguf import INPUT, OUTPUT, GGUFFile, GGUFTensor, find_gguf
 from st_embfilter.unembedding.head import meta_model
 from st_embfilter.unembedding.source import Source
 
 logger = logging.getLogger(__name__)
 
-#: Dtypes in which the weights may be stored, by their names in safetensors.
-_DTYPES: Final = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+#: Dtypes in which the weights may be stored.
+_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 
 #: Values that are dequantised at a time, of the matrices that no processor of transformers touches.
 _BLOCK_VALUES: Final = 2**22
@@ -56,25 +53,6 @@ _LEFT_OUT: Final = frozenset({"rope_freqs.weight"})
 
 #: Keys of a config that name this machine or the quantisation.
 _UNCLEAN_KEYS: Final = ("_name_or_path", "_model_name_or_path", "name_or_path")
-
-_SPECIAL_TOKENS: Final = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "pad_token": "padding_token_id",
-}
-
-#: Byte-level vocabularies that take digits one by one and are else like GPT-2's, as llama.cpp
-#: splits them (src/llama-vocab.cpp); transformers splits those as GPT-2's.
-_DIGITS_APART: Final = frozenset(
-    {"starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"}
-)
-
-#: Byte-level vocabularies whose texts start with BOS in llama.cpp, unless the file says otherwise.
-_BOS_BY_DEFAULT: Final = frozenset(
-    {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"}
-    | {"tekken", "chameleon"}
-)
 
 
 _folders: dict[tuple[object, ...], Source] = {}
@@ -139,7 +117,7 @@ def write_gguf_folder(
     """Writes a GGUF file into an empty folder, see `gguf_folder`."""
     file = GGUFFile.open(path)
     tokenizer = gguf_tokenizer(file)  # first, as it takes memory that it gives back
-    _write_tokenizer(tokenizer, folder)
+    write_tokenizer(tokenizer, folder)
     del tokenizer
     for name in [key for key, value in file.metadata.items() if isinstance(value, list)]:
         if name.startswith("tokenizer."):
@@ -148,7 +126,7 @@ def write_gguf_folder(
     model = meta_model(config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
-    _write_json(folder / "config.json", _clean(config))
+    write_json(folder / "config.json", _clean(config))
     licence = file.metadata.get("general.license")
     if isinstance(licence, str):  # which the card of a filtered model inherits
         (folder / "README.md").write_text(
@@ -165,7 +143,7 @@ def write_gguf_folder(
             disable=None if show_progress_bar else True,
         ) as bar,
     ):
-        sink = _Safetensors(target, model, dtype, path.name)
+        sink = _Parameters(target, model, dtype, path.name)
         for name, first, part in _weights(file, model, config, bar):
             sink.write(name, first, part)
         sink.check()
@@ -200,70 +178,6 @@ def gguf_config(file: GGUFFile) -> PretrainedConfig:
             ) from error
     config.vocab_size = file.tensors[INPUT].shape[0]
     return config
-
-
-def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
-    """The tokenizer of a GGUF file, with the special tokens that it puts around a text.
-
-    Raises:
-        BackboneError: If the file holds none, or transformers cannot make it.
-    """
-    metadata = {
-        key.removeprefix("tokenizer."): value
-        for key, value in file.metadata.items()
-        if key.startswith("tokenizer.")
-    }
-    tokens = metadata.get("ggml.tokens")
-    if not tokens or "ggml.model" not in metadata:
-        raise BackboneError(
-            f"a GGUF model must hold its tokenizer, got none in {file.path.name}; give the file to "
-            "add_filter as unembedding=, with the model that it was made from"
-        )
-    home = "gguf" if find_spec("transformers.integrations.gguf") else "ggml"  # in its version 4
-    convert = import_module(f"transformers.integrations.{home}").convert_gguf_tokenizer
-    mapping: Any = GGUF_TO_TRANSFORMERS_MAPPING
-    names = mapping["tokenizer"]["tokenizer"]
-    parts = {new: metadata[old] for old, new in names.items() if old in metadata}
-    try:
-        backend, _ = convert(file.metadata.get("general.architecture"), parts)
-    except Exception as error:
-        raise BackboneError(
-            f"transformers must be able to make the tokenizer of a GGUF file, got "
-            f"{metadata['ggml.model']!r} in {file.path.name}: {first_line(error)}"
-        ) from error
-    backend = Tokenizer.from_str(backend.to_str())
-    pre = metadata.get("ggml.pre")
-    if metadata["ggml.model"] == "gpt2" and pre in _DIGITS_APART:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
-    special = {
-        name: tokens[metadata[f"ggml.{key}"]]
-        for name, key in _SPECIAL_TOKENS.items()
-        if 0 <= metadata.get(f"ggml.{key}", -1) < len(tokens)
-    }
-    length = file.metadata.get(f"{file.metadata.get('general.architecture')}.context_length")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **special,
-        **({} if length is None else {"model_max_length": int(length)}),
-        clean_up_tokenization_spaces=False,
-        chat_template=metadata.get("chat_template"),
-    )
-    by_default = metadata["ggml.model"] == "llama" or pre in _BOS_BY_DEFAULT
-    bos = special.get("bos_token") if metadata.get("ggml.add_bos_token", by_default) else None
-    eos = special.get("eos_token") if metadata.get("ggml.add_eos_token", False) else None
-    if bos or eos:
-        single = [*filter(None, (bos, "$A", eos))]
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=single,
-            pair=[*single, *("$B:1" if part == "$A" else part for part in single)],
-            special_tokens=[(token, tokens.index(token)) for token in {bos, eos} - {None}],
-        )
-    return tokenizer
 
 
 def _weights(
@@ -326,38 +240,30 @@ def _check_left_out(tensor: GGUFTensor, file: GGUFFile) -> None:
     )
 
 
-class _Safetensors:
-    """Writes the parameters of a model into a safetensors file, in any order."""
+class _Parameters:
+    """The parameters of a model in a safetensors file, written in any order.
+
+    Args:
+        file: Open for writing, and empty.
+        model: A causal LM; tied parameters are one.
+        dtype: Dtype of all of them in the file.
+        origin: Name of the GGUF file, for errors.
+    """
 
     def __init__(self, file: BinaryIO, model: nn.Module, dtype: torch.dtype, origin: str) -> None:
-        self._file = file
         self._dtype = dtype
         self._origin = origin
         self._shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
         self._missing = {name: prod(shape) for name, shape in self._shapes.items()}
-        self._starts: dict[str, int] = {}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, shape in self._shapes.items():
-            self._starts[name] = end
-            end += prod(shape) * dtype.itemsize
-            offsets = [self._starts[name], end]
-            header[name] = {
-                "dtype": _DTYPES[dtype],
-                "shape": list(shape),
-                "data_offsets": offsets,
-            }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(struct.pack("<Q", len(text)) + text)
-        self._data = file.tell()
-        file.truncate(self._data + end)
+        self._writer = SafetensorsWriter(
+            file, {name: Slot.of_shape(dtype, shape) for name, shape in self._shapes.items()}
+        )
 
     def write(self, name: str, first: int, part: Tensor) -> None:
         """Writes rows of a parameter.
 
         Args:
-            name: Of the parameter; those of tied parameters but the first are left out.
+            name: Name of the parameter; of tied ones, all but the first are left out.
             first: First row.
             part: (n, ...) in any floating dtype.
         """
@@ -378,8 +284,7 @@ class _Safetensors:
                 f"{self._origin}; build with dtype bfloat16 or float32"
             )
         row = prod(shape[1:]) * self._dtype.itemsize
-        self._file.seek(self._data + self._starts[name] + first * row)
-        self._file.write(cast.view(torch.uint8).numpy().data)
+        self._writer.write(name, [cast.view(torch.uint8).numpy().data], first * row)
         self._missing[name] -= part.numel()
 
     def check(self) -> None:
@@ -440,23 +345,6 @@ def _clean(config: PretrainedConfig) -> dict[str, Any]:
         if "sliding_attention" in rope:
             document.setdefault("rope_local_base_freq", rope["sliding_attention"]["rope_theta"])
     return document
-
-
-def _write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # which reads tokenizer.json as it is
-        **{name: getattr(tokenizer, name) for name in _SPECIAL_TOKENS if getattr(tokenizer, name)},
-        "model_max_length": tokenizer.model_max_length,
-        "clean_up_tokenization_spaces": False,
-    }
-    if isinstance(tokenizer.chat_template, str):
-        config["chat_template"] = tokenizer.chat_template
-    _write_json(folder / "tokenizer_config.json", config)
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:

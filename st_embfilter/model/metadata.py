@@ -6,7 +6,6 @@ rebuild the filter bit for bit.
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from st_embfilter.model.depth import Depth
 from st_embfilter.model.prompts import recipe_from_dict
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.whitening import Calibration
-from st_embfilter.text import read_json
+from st_embfilter.text import json_text, read_json
 from st_embfilter.unembedding.matrix import Provenance
 
 METADATA_FILE: Final = "embfilter.json"
@@ -109,7 +108,7 @@ class FilterMetadata:
             **({} if self.depth is None else {"depth": asdict(self.depth)}),
             "versions": dict(self.versions),
         }
-        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        return json_text(document)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> FilterMetadata:

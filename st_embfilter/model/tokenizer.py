@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTo
 
 from st_embfilter.errors import PromptError
 from st_embfilter.model.backbone import TOKENIZER_CONFIG
-from st_embfilter.text import read_json
+from st_embfilter.text import read_json, write_json
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 
@@ -233,8 +233,7 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         content = stored.get("content") if isinstance(stored, dict) else stored
         if token is not None and token != content:
             config[name] = token
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+    write_json(path, config)
 
 
 def _backend_json(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from st_embfilter.errors import FormatError
 from st_embfilter.files.staging import staged
-from st_embfilter.files.stored import SAFETENSORS_DTYPES, StoredTensor
+from st_embfilter.files.stored import StoredTensor
 from st_embfilter.files.tensors import SAFETENSORS_FILE, Checkpoint, open_checkpoint
+from st_embfilter.files.writer import SafetensorsWriter, Slot
 from st_embfilter.model.backbone import backbone_files, check_links
 from st_embfilter.model.baked import reading_rows, rotation_of, row_spans, writing_rows
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.prompts import recipe_from_dict
 from st_embfilter.saved.load import read_saved
-from st_embfilter.text import read_json
+from st_embfilter.text import read_json, write_json
 from st_embfilter.unembedding.head import meta_model, stored_name
 from st_embfilter.unembedding.residual import Residual, residual_of
 from st_embfilter.unembedding.source import Source
 
 _POOLING_FILE: Final = "1_Pooling/config.json"
 _COPIED: Final = (_POOLING_FILE, "sentence_bert_config.json", "config_sentence_transformers.json")
-_DTYPE_NAMES: Final = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 _CARD: Final = """---
 library_name: sentence-transformers
@@ -148,7 +146,7 @@ def export_folder(
         plain = [module for module in modules if not module["type"].endswith(".Dense")]
         for i, module in enumerate(plain):
             module |= {"idx": i, "name": str(i)}
-        _write_json(out / MODULES_FILE, plain)
+        write_json(out / MODULES_FILE, plain)
         document = read_json(
             (folder / "config.json").read_bytes(), "config.json", FormatError, infinity=True
         )
@@ -157,7 +155,7 @@ def export_folder(
         if dtype is not None:
             document.pop("torch_dtype", None)
             document["dtype"] = str(dtype).removeprefix("torch.")
-        _write_json(out / "config.json", document)
+        write_json(out / "config.json", document)
         (out / "README.md").write_text(
             _CARD.format(
                 base=metadata.provenance.model_id, d=metadata.d, k=metadata.k, band=metadata.band
@@ -234,20 +232,7 @@ def _blocks(tensor: StoredTensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
 
 def _write_safetensors(out: BinaryIO, jobs: list[_Job]) -> None:
     """A safetensors file, tensor by tensor; the library's own writer wants all in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    writer = SafetensorsWriter(out, {job.name: Slot.of_shape(job.dtype, job.shape) for job in jobs})
     for job in jobs:
-        start, end = end, end + prod(job.shape) * job.dtype.itemsize
-        dtype = _DTYPE_NAMES[job.dtype]
-        header[job.name] = {"dtype": dtype, "shape": job.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    out.write(len(text).to_bytes(8, "little") + text)
-    for job in jobs:
-        for block in job.rows:
-            values = block.to(job.dtype).contiguous()
-            out.write(values.view(torch.uint8).numpy().tobytes())
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        blocks = (block.to(job.dtype).contiguous().view(torch.uint8) for block in job.rows)
+        writer.write(job.name, (memoryview(cast("Any", block.numpy())) for block in blocks))

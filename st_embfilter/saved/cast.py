@@ -13,18 +13,13 @@ import transformers
 from torch import nn
 
 from st_embfilter.errors import BackboneError
-from st_embfilter.files.stored import SAFETENSORS_DTYPES, LocalSafetensors
+from st_embfilter.files.stored import DTYPE_NAMES, SAFETENSORS_DTYPES, LocalSafetensors
 from st_embfilter.files.writer import RawTensor, raw_tensors, write_safetensors
-from st_embfilter.text import read_json
+from st_embfilter.text import read_json, write_json
 
 _CONFIG: Final = "config.json"
 _KEYS: Final = ("dtype", "torch_dtype")
-_NAMES: Final = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+_CAST: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def other_dtype(model: nn.Module, folder: Path) -> torch.dtype | None:
@@ -39,7 +34,7 @@ def other_dtype(model: nn.Module, folder: Path) -> torch.dtype | None:
     """
     config = read_json((folder / _CONFIG).read_bytes(), _CONFIG, BackboneError)
     live: Any = model.dtype
-    if "quantization_config" in config or live not in _NAMES:
+    if "quantization_config" in config or live not in _CAST:
         return None
     stated = next((config[key] for key in _KEYS if config.get(key) is not None), None)
     if int(transformers.__version__.split(".")[0]) < 5:
@@ -48,7 +43,7 @@ def other_dtype(model: nn.Module, folder: Path) -> torch.dtype | None:
         loads_in = getattr(torch, stated.removeprefix("torch."), None)
     else:
         stored = {raw.dtype for file in _shards(folder) for raw in _raw(file).values()}
-        loads_in = live if stored == {_NAMES[live]} else None
+        loads_in = live if stored == {DTYPE_NAMES[live]} else None
     return None if live == loads_in else live
 
 
@@ -71,8 +66,8 @@ def cast_weights(source: Path, target: Path, model: nn.Module, unembedding: str)
     for name, raw in _raw(source).items():
         dtype = live.get(name, live.get(name.removeprefix(prefix), main))
         stored = SAFETENSORS_DTYPES.get(raw.dtype)
-        rounds = stored in _NAMES and torch.promote_types(stored, dtype) != dtype
-        if stored not in _NAMES or dtype not in _NAMES or (name == unembedding and rounds):
+        rounds = stored in _CAST and torch.promote_types(stored, dtype) != dtype
+        if stored not in _CAST or dtype not in _CAST or (name == unembedding and rounds):
             tensors[name] = raw
         else:
             tensors[name] = _cast(raw, stored, dtype)
@@ -91,7 +86,7 @@ def state_dtype(folder: Path, dtype: torch.dtype) -> None:
         part.update(dict.fromkeys([key for key in _KEYS if key in part], name))
     if not any(key in config for key in _KEYS):
         config["torch_dtype"] = name  # which every version of transformers reads
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, config)
     for path in folder.glob("*.safetensors.index.json"):
         index = read_json(path.read_bytes(), path.name, BackboneError)
         sizes = (raw.nbytes for file in _shards(folder) for raw in _raw(file).values())
@@ -117,4 +112,4 @@ def _cast(raw: RawTensor, stored: torch.dtype, dtype: torch.dtype) -> RawTensor:
             yield memoryview(cast("Any", values.view(torch.uint8).numpy()))
 
     size = raw.nbytes // stored.itemsize * dtype.itemsize
-    return RawTensor(_NAMES[dtype], raw.shape, size, pieces)
+    return RawTensor(DTYPE_NAMES[dtype], raw.shape, size, pieces)

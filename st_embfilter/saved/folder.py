@@ -9,7 +9,6 @@ form: the same folder and that code, which `trust_remote_code=True` runs from th
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 import shutil
@@ -64,6 +63,7 @@ from st_embfilter.saved.layout import (
 )
 from st_embfilter.saved.runtimes import requirements, state_nesting
 from st_embfilter.saved.static import static_files, write_table
+from st_embfilter.text import json_text
 from st_embfilter.unembedding.source import Source
 
 logger = logging.getLogger(__name__)
@@ -146,22 +146,23 @@ def portable_files(
     needed = requirements(
         getattr(getattr(transformer.auto_model, "config", None), "model_type", None)
     )
+    documents = {
+        MODULES_FILE: modules_document(*names, normalize=normalize),
+        TRANSFORMER_CONFIG: _transformer_config(transformer, _recipe(layer)),
+        MODEL_CONFIG: {
+            "prompts": dict(model.prompts),
+            "default_prompt_name": model.default_prompt_name,
+            "similarity_fn_name": str(model.similarity_fn_name),
+            **({"requirements": needed} if needed else {}),
+        },
+        POOLING_CONFIG: pooling.get_config_dict()
+        if _code_file(pooling)
+        else _pooling_config(pooling),
+        DENSE_CONFIG: layer.get_config_dict(),
+    }
     files = {
         **{file.name: file.read_bytes() for file in found},
-        MODULES_FILE: _json(modules_document(*names, normalize=normalize)),
-        TRANSFORMER_CONFIG: _json(_transformer_config(transformer, _recipe(layer))),
-        MODEL_CONFIG: _json(
-            {
-                "prompts": dict(model.prompts),
-                "default_prompt_name": model.default_prompt_name,
-                "similarity_fn_name": str(model.similarity_fn_name),
-                **({"requirements": needed} if needed else {}),
-            }
-        ),
-        POOLING_CONFIG: _json(
-            pooling.get_config_dict() if _code_file(pooling) else _pooling_config(pooling)
-        ),
-        DENSE_CONFIG: _json(layer.get_config_dict()),
+        **{name: json_text(document).encode() for name, document in documents.items()},
         DENSE_WEIGHTS: save(layer.weights()),
         METADATA_FILE: layer.metadata.to_json().encode(),
     }
@@ -285,7 +286,3 @@ def _base_card(model: SentenceTransformer, token: str | bool | None) -> str | No
     name = source_name(model)
     commit = getattr(getattr(backbone_model(model), "config", None), "_commit_hash", None)
     return None if name is None else base_card(name, commit, token)
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

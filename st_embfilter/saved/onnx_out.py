@@ -32,7 +32,7 @@ from st_embfilter.model.static import static_metadata
 from st_embfilter.model.tokenizer import TOKENIZER_FILE, single_pieces
 from st_embfilter.saved import onnx_graph
 from st_embfilter.saved.onnx_graph import INPUTS, OPSET, Dtype, Pipeline
-from st_embfilter.text import read_json
+from st_embfilter.text import read_json, write_json
 
 #: Where transformers.js looks for each type (`dtype`: "fp32", "fp16", "q8").
 FILES: Final[dict[Dtype, str]] = {
@@ -136,7 +136,7 @@ def export_onnx(
         if file.with_name(f"{file.name}_data").exists():
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             config["transformers.js_config"] = {"use_external_data_format": {file.name: 1}}
-            (folder / "config.json").write_text(_json(config), encoding="utf-8")
+            write_json(folder / "config.json", config)
         made = OnnxExport(FILES[dtype], dtype, opset, width, limit, 0, 0.0, 1.0)
         made = _compare(model, pipeline, folder, made)
         if dtype == "float32" and made.difference > _FLOAT32_ERROR:
@@ -145,7 +145,7 @@ def export_onnx(
                 f"{made.difference:.1e} of their length; this is a mistake of the exporter or of "
                 "this package"
             )
-        (folder / EXPORT_FILE).write_text(_json(_facts(model, made)), encoding="utf-8")
+        write_json(folder / EXPORT_FILE, _facts(model, made))
     return made
 
 
@@ -191,10 +191,10 @@ def _write_tokenizer(model: SentenceTransformer, folder: Path, width: int) -> in
             "model_max_length": 2**30,
             "clean_up_tokenization_spaces": False,
         }
-        (folder / TOKENIZER_CONFIG).write_text(_json(config), encoding="utf-8")
+        write_json(folder / TOKENIZER_CONFIG, config)
         shape = {"hidden_size": width, "vocab_size": first.embedding.num_embeddings}
         config = {"model_type": "static_embedding", "pad_token_id": 0, **shape}
-        (folder / "config.json").write_text(_json(config), encoding="utf-8")
+        write_json(folder / "config.json", config)
         return None
     tokenizer = first.tokenizer
     tokenizer.save_pretrained(folder)
@@ -206,7 +206,7 @@ def _write_tokenizer(model: SentenceTransformer, folder: Path, width: int) -> in
     document = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
     document |= {"truncation": None, "padding": None}  # of the last batch
     document["post_processor"] = single_pieces(document.get("post_processor"))
-    (folder / TOKENIZER_FILE).write_text(_json(document), encoding="utf-8")
+    write_json(folder / TOKENIZER_FILE, document)
     limit: int | None = first.max_seq_length
     path = folder / TOKENIZER_CONFIG
     config = read_json(path.read_bytes(), path.name, FormatError)
@@ -215,9 +215,9 @@ def _write_tokenizer(model: SentenceTransformer, folder: Path, width: int) -> in
         if _is_a(first, "EchoTransformer"):  # tokenizers count a text once that comes twice
             config["model_max_length"] = (limit + tokenizer.num_special_tokens_to_add()) // 2
     config["pad_token"] = tokenizer.pad_token
-    path.write_text(_json(config), encoding="utf-8")
+    write_json(path, config)
     config = {**first.auto_model.config.to_dict(), "pad_token_id": tokenizer.pad_token_id}
-    (folder / "config.json").write_text(_json(config), encoding="utf-8")
+    write_json(folder / "config.json", config)
     return limit
 
 
@@ -355,7 +355,3 @@ def _check_ids(model: SentenceTransformer, texts: list[str], rows: list[list[int
 def _is_a(module: object, name: str) -> bool:
     """By name: the code of a recipe may have come with the model."""
     return any(kind.__name__ == name for kind in type(module).__mro__)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -21,7 +21,7 @@ from st_embfilter.model.metadata import SPECTRUM_FILE
 from st_embfilter.model.tokenizer import TOKENIZER_FILE, single_pieces
 from st_embfilter.saved.layout import BACKBONE_CONFIG, MODEL_CONFIG
 from st_embfilter.saved.since import SINCE
-from st_embfilter.text import read_json, reading
+from st_embfilter.text import read_json, reading, write_json
 
 _NESTED: Final = "is_matryoshka"
 
@@ -48,7 +48,7 @@ def state_nesting(folder: Path) -> None:
         return
     if _NESTED in config or not config:
         config[_NESTED] = True
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, config)
     else:  # every other byte stays
         values = stored.rstrip().removesuffix(b"}").rstrip()
         path.write_bytes(values + f',\n  "{_NESTED}": true\n}}\n'.encode())

@@ -5,7 +5,6 @@ Names and keys are those that every version of `StaticEmbedding` and model2vec r
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +21,7 @@ from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.static import static_metadata
 from st_embfilter.saved.card import base_card, facts_of_files, render
 from st_embfilter.saved.layout import CARD_FILE
+from st_embfilter.text import json_text
 
 STATIC_FOLDER: Final = "0_StaticEmbedding"
 STATIC_FILES: Final = (
@@ -71,8 +71,8 @@ def static_files(
         "similarity_fn_name": str(model.similarity_fn_name),
     }
     files = {
-        MODULES_FILE: _json(entries),
-        "config_sentence_transformers.json": _json(config),
+        MODULES_FILE: json_text(entries).encode(),
+        "config_sentence_transformers.json": json_text(config).encode(),
         f"{STATIC_FOLDER}/tokenizer.json": modules[0].tokenizer.to_str(pretty=True).encode(),
         METADATA_FILE: metadata.to_json().encode(),
     }
@@ -120,7 +120,3 @@ def check_table(path: Path | None, metadata: FilterMetadata) -> tuple[bool, str]
 def is_static(folder: Path) -> bool:
     """Whether a folder holds a static model."""
     return (folder / STATIC_FOLDER).is_dir()
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

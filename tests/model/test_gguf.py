@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import st_embfilter
 from st_embfilter.errors import BackboneError, UnembeddingError
-from st_embfilter.model.gguf_backbone import gguf_folder, gguf_tokenizer
+from st_embfilter.model.gguf_backbone import gguf_folder
+from st_embfilter.model.gguf_tokenizer import gguf_tokenizer
 from st_embfilter.model.tokenizer import start_token
 from st_embfilter.saved.verify import verify
 from st_embfilter.unembedding.gguf import GGUFFile, read_gguf
