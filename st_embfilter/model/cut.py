@@ -19,13 +19,13 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import nn
 
 from st_embfilter.errors import BackboneError, DepthError, EmbedFilterError, UnembeddingError
-from st_embfilter.files.hub import explained
+from st_embfilter.files.folder import ModelFiles
+from st_embfilter.files.hub_errors import explained
+from st_embfilter.files.stored import LocalSafetensors
 from st_embfilter.files.tensors import (
     SAFETENSORS_FILE,
     SAFETENSORS_INDEX,
     Checkpoint,
-    LocalSafetensors,
-    ModelFiles,
     TorchCheckpoint,
     open_checkpoint,
 )
