@@ -54,8 +54,8 @@ compat: $(VENV)/.ready  ## load a saved model through other libraries, write doc
 hardening: $(VENV)/.ready-dev  ## hostile inputs, crashes, soak; HARDENING=--write for docs/hardening.md
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m hardening $(HARDENING)
 
-model-cards: $(VENV)/.ready  ## render model_cards/
-	$(BIN)/python -m model_cards.render
+model-cards: $(VENV)/.ready  ## render model_cards/; BUILD=--build builds the real models again
+	$(BIN)/python -m model_cards.render $(BUILD)
 
 results: $(VENV)/.ready-dev  ## docs/results.md: three real LLMs; DATA=folder as benchmarks/demo_lm.py names it; ARGS="--minutes 60"
 	@test -n "$(DATA)" || { echo "give the data: make results DATA=folder"; exit 2; }

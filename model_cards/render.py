@@ -1,23 +1,46 @@
 """Renders the cards in this folder: `make model-cards`.
 
 The card of the bundled language model is that of a model built here, with figures measured by the
-command that it gives. Those of the paper's models state its recipes, windows and figures: they were
-neither built nor measured here, so what only a build can tell (revision, hashes) is left out.
+command that it gives. So are those of the real language models: `make model-cards BUILD=--build`
+fetches and builds them, and keeps the small files of their folders in `built/`, from which the
+cards can be rendered without them; their figures are rows of docs/results.jsonl. The cards of the
+paper's models state its recipes, windows and figures: they were neither built nor measured here, so
+what only a build can tell (revision, hashes) is left out.
 """
 
 from __future__ import annotations
 
+import argparse
+import shutil
 import tempfile
 from pathlib import Path
 
 import st_embfilter
+from examples import models
 from st_embfilter import PromptEOL
-from st_embfilter.saved.card import RESULTS_FILE, CardFacts, Score, card_of_folder, render
+from st_embfilter.saved.card import CardFacts, Score, card_of_folder, render
+from st_embfilter.saved.layout import RESULTS_FILE
+from st_embfilter.saved.results import read_results, write_results
 
 FOLDER = Path(__file__).parent
 DEMO_LM = FOLDER.parent / "examples" / "openstax-lm"
 MEASURED = FOLDER / "openstax-lm-embfilter.jsonl"
+BUILT = FOLDER / "built"
+RESULTS = FOLDER.parent / "docs" / "results.jsonl"
 PAPER = "arXiv 2606.07502"
+
+#: Real language models by their names in `examples/models.py`, and the recipe of their cards.
+REAL_MODELS = {"SmolLM2-135M-Instruct": "smollm2", "Qwen2.5-Coder-0.5B-Instruct": "qwen"}
+RECIPE = "prompteol"
+
+#: What a card is rendered from.
+SMALL_FILES = (
+    "embfilter.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+    "README.md",
+)
 
 # The paper's columns; in parentheses the number of tasks that each one is the mean of.
 COLUMNS = (
@@ -115,12 +138,53 @@ def demo_card() -> str:
         return card_of_folder(folder)
 
 
+def build(title: str) -> None:
+    """Builds a real language model's filter and keeps the small files of its folder."""
+    name = REAL_MODELS[title]
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / f"{title}.gguf"  # the name that the card gives it
+        shutil.copyfile(models.fetch(name), source)
+        model = st_embfilter.from_causal_lm(
+            source, prompt=RECIPE, keep=0.75, device="cpu", show_progress_bar=False
+        )
+        folder = st_embfilter.save_pretrained(model, Path(temporary) / "model")
+        for file in SMALL_FILES:
+            target = BUILT / title / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / file, target)
+
+
+def real_card(title: str) -> str:
+    """The card of a real language model's filter, from the small files of its folder."""
+    rows = [
+        row
+        for row in read_results(RESULTS)
+        if (row.model, row.prompt) == (REAL_MODELS[title], RECIPE)
+        and row.configuration in ("raw", "bulk")
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(shutil.copytree(BUILT / title, temporary, dirs_exist_ok=True))
+        write_results(rows, folder / RESULTS_FILE)
+        return card_of_folder(folder)
+
+
 def cards() -> dict[str, str]:
     """Every card by its file name."""
     rendered = {f"{facts.name}.md": render(facts) for facts in PAPER_MODELS}
-    return {"openstax-lm-embfilter.md": demo_card(), **rendered}
+    real = {f"{title}-embfilter.md": real_card(title) for title in REAL_MODELS}
+    return {"openstax-lm-embfilter.md": demo_card(), **real, **rendered}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Renders the cards in this folder.")
+    parser.add_argument("--build", action="store_true", help="build the real models first")
+    if parser.parse_args().build:
+        for title in REAL_MODELS:
+            build(title)
+    for name, text in cards().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    for name, text in cards().items():
-        (FOLDER / name).write_text(text, encoding="utf-8")
+    main()

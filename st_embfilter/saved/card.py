@@ -179,7 +179,7 @@ class CardFacts:
     @property
     def name(self) -> str:
         """Name of the model after its base, e.g. "Qwen2.5-0.5B-embfilter"."""
-        base = (self.base_model or "model").rsplit("/", 1)[-1]
+        base = (self.base_model or "model").rsplit("/", 1)[-1].removesuffix(".gguf")
         return f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', base)}-embfilter"  # stands in code and headings
 
 
