@@ -68,8 +68,8 @@ results-demo-lm: $(VENV)/.ready-dev  ## examples/openstax-lm/results.md
 depth: $(VENV)/.ready-dev  ## docs/depth.md; DATA as for results, MODELS="NAME=FOLDER ..."
 	$(BIN)/python benchmarks/depth.py $(DATA) $(foreach model,$(MODELS),--model $(model))
 
-calibration: $(VENV)/.ready-dev  ## docs/calibration.md; DATA as for results, CORPUS one text a line
-	$(BIN)/python -m benchmarks.calibration $(DATA) $(if $(CORPUS),--corpus $(CORPUS))
+calibration: $(VENV)/.ready-dev  ## docs/calibration.md; DATA as for results, MODELS="NAME=FOLDER ..."
+	$(BIN)/python -m benchmarks.calibration $(DATA) $(foreach model,$(MODELS),--model $(model))
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

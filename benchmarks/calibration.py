@@ -1,198 +1,348 @@
-"""Measures self-calibration on public data sets and writes docs/calibration.md's tables.
+"""Measures calibration on language models and writes docs/calibration.md.
 
-Every text is encoded once; a calibrated filter is an affine map of the raw vectors. Intervals are
-95 % paired bootstrap intervals of the difference to the filter alone, at the same window.
+The data and the cut of them are those of `benchmarks/depth.py`, and so is the cache of vectors:
+what one of the two has encoded the other reads.
 
-    python benchmarks/calibration.py DATA --corpus FILE [--model MODEL]
+    python -m benchmarks.calibration DATA --model SmolLM2=path/to/folder [--model ...]
+        [--recipe plain] [--texts generic] [--cache .cache/vectors] [--only-cached] [--encode]
+        [--templates]
 
-DATA is a folder as in benchmarks/results.py; FILE holds texts from the domain that the model was
-trained on, one a line. Without FILE only texts of the model's own are used.
+Every text is encoded once, a calibrated filter is an affine map of the raw vectors. It can be
+stopped and started again: texts that are encoded are in the cache, scores that are measured in
+docs/calibration.jsonl. `--encode` encodes the calibration texts and measures nothing;
+`--only-cached` measures what is encoded. `--templates` measures PromptEOL beside the templates of
+`NAMED_TEMPLATES`, on 300 pairs. Without a model the page is written from the scores.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
 
-from benchmarks.results import DEMO_LM, DOCS, REPOSITORY, read_tasks
+from benchmarks.calibration_page import ROWS, STRENGTHS, WINDOWS, write_page
+from benchmarks.depth import LENGTHS, REPOSITORY, chunks, open_model, read_tasks
 from st_embfilter.evaluation.baselines import Transform
-from st_embfilter.evaluation.bootstrap import Outcome, paired_interval
-from st_embfilter.evaluation.sweep import Filtered, RawModel, raw_model
-from st_embfilter.evaluation.tasks import Task
-from st_embfilter.evaluation.vectors import VectorStore
-from st_embfilter.model.calibrate import sample_texts
+from st_embfilter.evaluation.bootstrap import Floats, Outcome, interval, replicates
+from st_embfilter.evaluation.data import read_labelled
+from st_embfilter.evaluation.depth import CHUNK, DepthStore
+from st_embfilter.evaluation.sweep import Filtered
+from st_embfilter.evaluation.tasks import (
+    ClassificationTask,
+    ClusteringTask,
+    RetrievalTask,
+    STSTask,
+    Task,
+)
+from st_embfilter.evaluation.vectors import Vectors, VectorStore, text_key
+from st_embfilter.model.backbone import backbone_model, load_backbone
+from st_embfilter.model.calibrate import generic_texts
+from st_embfilter.model.cut import load_cut
+from st_embfilter.model.depth import block_stack
+from st_embfilter.model.prompts import NAMED_TEMPLATES
+from st_embfilter.model.sampling import sample_texts
+from st_embfilter.model.static import token_embeddings
+from st_embfilter.model.tokenizer import modality_config, transformer_class
 from st_embfilter.spectrum.band import Band
-from st_embfilter.spectrum.whitening import affine_map, moments
+from st_embfilter.spectrum.spectrum import Spectrum
+from st_embfilter.spectrum.whitening import Moments, affine_map, moments
+from st_embfilter.unembedding.source import Source
 
-ROWS = DOCS / "calibration.jsonl"
-PAGE = DOCS / "calibration.md"
-START, END = "<!-- measured -->", "<!-- end -->"
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SIZES = (256, 1024, 4096)
-ROOTS = ("symmetric", "cholesky", "principal")
-WORDS = 28  # of a corpus text: about as long as a sampled one
+RECIPES = ("static", "plain", "prompteol", "echo")
+TEXTS = ("generic", "own", "self")
+TASKS = ("STSBenchmark", "Banking77", "StackOverflow", "SciFact")
+SIZE = 1024
+SIZES = (SIZE, 256, 128)
+
+#: The templates that ask for one word, on a part of STSBenchmark, with fewer texts.
+TEMPLATES = ("prompteol", *NAMED_TEMPLATES)
+PAIRS = 300
+FEW = 256
+RESAMPLES = 500
 
 
-def transform(
-    raw: RawModel,
-    keep: int,
-    prefix: int,
-    sample: torch.Tensor | None,
-    strength: float,
-    root: str = "symmetric",
-) -> Transform:
-    """The calibrated filter of width `keep`, cut to its first `prefix` outputs."""
-    projection = raw.spectrum.projection(Band("bulk", keep)).double()
-    if sample is None or strength == 0.0:
-        return Transform(projection[:prefix].float())
-    estimate = moments(sample.double() @ projection.T)
-    matrix, _ = affine_map(estimate, strength)
-    if root == "cholesky":  # lower triangular: a prefix is what would be calibrated at that width
-        matrix = torch.linalg.cholesky(torch.linalg.inv(matrix @ matrix)).inverse()
-    elif root == "principal":  # components of the covariance in order of variance
-        axes = torch.linalg.eigh(estimate.covariance)[1]
-        matrix = axes.flip(1).T @ matrix
-    return Transform(
-        (matrix @ projection)[:prefix].float(),
-        (strength * projection.T @ estimate.mean).float(),
+@dataclass(frozen=True)
+class Case:
+    """One form of the map.
+
+    Attributes:
+        keep: Part of the directions, the window is `bulk`.
+        texts: One of `TEXTS`, or "none" for the filter alone.
+        size: Number of texts.
+        strength: Strength of the whitening.
+        shrinkage: Weight of the identity in the covariance; None for Ledoit and Wolf's.
+    """
+
+    keep: float
+    texts: str = "none"
+    size: int = 0
+    strength: float = 0.0
+    shrinkage: float | None = None
+
+
+def cases(few: bool) -> Iterator[Case]:
+    """The whole grid, and other shrinkages in one window.
+
+    Args:
+        few: Only what is measured of the templates.
+    """
+    for keep, strength in product(WINDOWS, STRENGTHS):
+        if few:
+            yield Case(keep, "generic", FEW, strength)
+        else:
+            yield from (Case(keep, t, n, strength) for t, n in product(TEXTS, SIZES))
+    if not few:
+        for shrinkage, strength in product((0.0, 0.1, 0.3), STRENGTHS):
+            yield Case(0.75, "generic", SIZE, strength, shrinkage)
+
+
+# Texts --------------------------------------------------------------------------------------------
+
+
+def own_texts(task: Task, data: Path) -> list[str]:
+    """Texts of a task's own kind that it neither scores nor learns from."""
+    if isinstance(task, STSTask):
+        used = {text for pair in task.pairs for text in pair[:2]}
+        with (data / "stsb" / "stsb-en-dev.csv").open(encoding="utf-8", newline="") as lines:
+            found = [cell for row in csv.reader(lines) for cell in row[:2]]
+    elif isinstance(task, ClassificationTask):
+        used = {text for text, _ in [*task.train, *task.test]}
+        found = [text for _, text, _ in read_labelled(data / "banking77" / "train.csv")]
+    elif isinstance(task, ClusteringTask):
+        used = {text for text, _ in task.texts}
+        found = [text for _, text, _ in read_labelled(data / "stackoverflow" / "titles.txt")]
+    elif isinstance(task, RetrievalTask):
+        used = {task.queries[query] for query in task.judgements}
+        found = list(task.queries.values())
+    else:
+        raise ValueError(f"no texts of the kind of {task.info.name} are known")
+    rest = sorted({text for text in found if text.strip()} - used)
+    return random.Random(0).sample(rest, min(SIZE, len(rest)))
+
+
+def some_pairs(task: Task) -> STSTask:
+    """A part of the pairs, the same every time, as a task of its own."""
+    if not isinstance(task, STSTask):
+        raise ValueError(f"pairs are those of STS, got {task.info.name}")
+    info = replace(task.info, name=f"{task.info.name}, {PAIRS} pairs")
+    return replace(task, info=info, pairs=random.Random(0).sample(list(task.pairs), PAIRS))
+
+
+def self_texts(path: str, folder: Path, size: int, only_cached: bool) -> list[str]:
+    """Texts that a model writes itself; kept in a file, because sampling takes minutes."""
+    file = folder / f"self-{size}-{text_key([path])[:16]}.json"
+    if not file.is_file():
+        if only_cached:
+            return []
+        texts = sample_texts(path, size, show_progress_bar=False)
+        file.write_text(json.dumps(texts), encoding="utf-8")
+    kept: list[str] = json.loads(file.read_text(encoding="utf-8"))
+    return kept
+
+
+# Vectors ------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def spectrum_of(path: str) -> Spectrum:
+    return Source.of(path).unembedding().fit(precision="float64")[0]
+
+
+def static_model(path: str) -> SentenceTransformer:
+    """The table of normed token embeddings, before any filter."""
+    load = partial(
+        load_backbone,
+        max_seq_length=512,
+        dtype=torch.float32,
+        module_class=transformer_class(None),
+        modality_config=modality_config(None),
     )
+    backbone, _ = load_cut(Source.of(path), 0, load)
+    return SentenceTransformer(modules=[token_embeddings(backbone)], device="cpu")
 
 
-def configurations(d: int, sources: list[str]) -> Iterator[dict[str, Any]]:
-    """The whole grid."""
-    for keep, source, size, strength in product((d, d // 2, d // 4), sources, SIZES, STRENGTHS[1:]):
-        yield {"keep": keep, "source": source, "size": size, "strength": strength}
+class Vectored:
+    """A model with a recipe, what it has encoded, and what it may still encode."""
+
+    def __init__(self, path: str, recipe: str, task: Task, folder: Path) -> None:
+        self.depths: DepthStore | None = None
+        self.store: VectorStore
+        if recipe == "static":
+            model = static_model(path)
+            self.spectrum = spectrum_of(path)
+            self.store = VectorStore(model, show_progress_bar=False)
+        else:
+            raw = open_model(path, recipe, task)
+            self.spectrum = raw.spectrum
+            total = len(block_stack(backbone_model(raw.model))[1])
+            self.depths = DepthStore(raw.model, [total], cache=folder, show_progress_bar=False)
+            self.store = self.depths.at(total)
+
+    def has(self, parts: Iterable[tuple[list[str], str]]) -> bool:
+        """Whether chunks of texts are encoded, each with its method; a table is fast enough."""
+        depths = self.depths
+        return depths is None or all(
+            depths.file(text_key(texts, method), depths.layers[0], "own").is_file()
+            for texts, method in parts
+        )
+
+
+def chunked(texts: Sequence[str]) -> Iterator[tuple[list[str], str]]:
+    """The chunks in which a store encodes texts."""
+    unique = sorted(dict.fromkeys(texts), key=len, reverse=True)
+    for first in range(0, len(unique), CHUNK):
+        yield unique[first : first + CHUNK], "encode"
+
+
+# Scores -------------------------------------------------------------------------------------------
+
+
+def estimate(sample: Tensor, shrinkage: float | None) -> Moments:
+    """Moments of filtered vectors (n, k), shrunk by Ledoit and Wolf's weight or a given one."""
+    if shrinkage is None:
+        return moments(sample)
+    covariance = torch.cov(sample.T, correction=0)
+    target = covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
+    return Moments(sample.mean(dim=0), (1 - shrinkage) * covariance + shrinkage * target, shrinkage)
+
+
+class Maps:
+    """The calibrated filters of one model; a covariance serves all strengths."""
+
+    def __init__(self, spectrum: Spectrum, samples: dict[str, Vectors]) -> None:
+        self.spectrum = spectrum
+        self.samples = samples
+        self.known: dict[Case, Moments] = {}
+
+    def transform(self, case: Case) -> Transform:
+        projection = self.spectrum.projection(Band("bulk", case.keep)).double()
+        if case.texts == "none":
+            return Transform(projection.float())
+        key = Case(case.keep, case.texts, case.size, 0.0, case.shrinkage)
+        if key not in self.known:
+            sample = torch.from_numpy(self.samples[case.texts][: case.size]).double()
+            self.known[key] = estimate(sample @ projection.T, case.shrinkage)
+        found = self.known[key]
+        matrix, _ = affine_map(found, case.strength)
+        return Transform(
+            (matrix @ projection).float(),
+            (case.strength * projection.T @ found.mean).float(),
+        )
 
 
 def measure(
-    raw: RawModel, task: Task, samples: dict[str, torch.Tensor], store: VectorStore
+    maps: Maps, task: Task, store: VectorStore, grid: Iterable[Case], done: set[Case]
 ) -> Iterator[dict[str, Any]]:
-    d = raw.spectrum.d
-    info = task.info
-    facts = {"task": info.name, "type": info.task_type, "metric": info.metric}
-    plain: dict[int, Outcome] = {}
-    for keep in (d, d // 2, d // 4, d // 8):
-        plain[keep] = task.run(Filtered(store, transform(raw, keep, keep, None, 0.0)))
-        case = {"keep": keep, "prefix": keep, "source": "none", "size": 0, "strength": 0.0}
-        yield {**facts, **case, "score": plain[keep].score, "delta": 0.0, "low": None, "high": None}
-    cases = list(configurations(d, list(samples)))
-    cases = [{**case, "prefix": case["keep"]} for case in cases]
-    wide = {"keep": d, "source": "self", "size": 1024, "strength": 1.0}
-    cases += [{**wide, "prefix": prefix} for prefix in (d // 2, d // 4, d // 8)]
-    if info.task_type == "STS":
-        inside = {**wide, "keep": d // 2}
-        cuts = (d // 2, d // 4, d // 8)
-        cases += [{**inside, "root": r, "prefix": cut} for r in ROOTS for cut in cuts]
-    for case in cases:
-        sample = samples[case["source"]][: case["size"]]
-        root = case.get("root", "symmetric")
-        mapped = transform(raw, case["keep"], case["prefix"], sample, case["strength"], root)
-        outcome, reference = task.run(Filtered(store, mapped)), plain[case["prefix"]]
-        low, high = paired_interval(outcome, reference, resamples=500) or (None, None)
-        delta = outcome.score - reference.score
-        yield {**facts, **case, "score": outcome.score, "delta": delta, "low": low, "high": high}
+    """The cases that are not done, each with its difference to the filter alone of its width."""
+    alone: dict[float, tuple[Outcome, Floats | None]] = {}
+
+    def run(case: Case) -> tuple[Outcome, Floats | None]:
+        outcome = task.run(Filtered(store, maps.transform(case)))
+        return outcome, replicates(outcome, RESAMPLES)
+
+    todo = [case for case in grid if case.texts in maps.samples and case not in done]
+    for case in todo:
+        if len(maps.samples[case.texts]) < case.size:
+            continue
+        if case.keep not in alone:
+            plain = Case(case.keep)
+            alone[case.keep] = run(plain)
+            if plain not in done:
+                yield {**asdict(plain), "score": alone[case.keep][0].score}
+        reference, theirs = alone[case.keep]
+        outcome, mine = run(case)
+        row = {**asdict(case), "score": outcome.score, "delta": outcome.score - reference.score}
+        if mine is not None and theirs is not None:
+            row["low"], row["high"] = interval(mine - theirs)
+        yield row
 
 
-# The page ----------------------------------------------------------------------------------------
-
-
-def cell(rows: list[dict[str, Any]], **wanted: Any) -> str:
-    wanted.setdefault("root", None)
-    found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
-    if not found:
-        return ""
-    row = found[0]
-    score = f"{100 * row['score']:.1f}"
-    if row["strength"] == 0.0 or row["low"] is None:
-        return score
-    return f"{score} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
-
-
-def table(head: list[str], lines: list[list[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(head)} |",
-        f"|{'|'.join('-' if i == 0 else '-:' for i in range(len(head)))}|",
-        *(f"| {' | '.join(line)} |" for line in lines),
-        "",
-    ]
-
-
-def page(rows: list[dict[str, Any]]) -> list[str]:
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    d = max(row["keep"] for row in rows)
-    half = {"keep": d // 2, "prefix": d // 2}
-    lines = [f"### Strength ({d // 2} of {d} dimensions, 1,024 texts of the model's own)\n"]
-    plain = {"source": "none"}
-    body = [["0 (filter alone)", *(cell(rows, task=t, **half, **plain) for t in tasks)]]
-    for strength in STRENGTHS[1:]:
-        case = {"source": "self", "size": 1024, "strength": strength}
-        body.append([f"{strength:g}", *(cell(rows, task=t, **half, **case) for t in tasks)])
-    lines += table(["strength", *tasks], body)
-    lines += [f"### Texts ({d // 2} dimensions, strength 1)\n"]
-    body = []
-    for source in ("self", "corpus"):
-        for size in SIZES:
-            case = {"source": source, "size": size, "strength": 1.0}
-            cells = [cell(rows, task=t, **half, **case) for t in tasks]
-            if any(cells):
-                name = "the model's own" if source == "self" else "from its training corpus"
-                body.append([f"{size:,} {name}", *cells])
-    lines += table(["texts", *tasks], body)
-    lines += ["### Width (1,024 texts of the model's own, strength 1)\n"]
-    body = []
-    for width in (d, d // 2, d // 4, d // 8):
-        case = {"prefix": width, "source": "self", "size": 1024, "strength": 1.0}
-        alone = [cell(rows, task=t, keep=width, prefix=width, **plain) for t in tasks]
-        body.append([f"{width}, filter alone", *alone])
-        inside = [cell(rows, task=t, keep=width, **case) for t in tasks]
-        if any(inside):
-            body.append([f"{width}, calibrated inside the window", *inside])
-        if width < d:
-            cut = [cell(rows, task=t, keep=d, **case) for t in tasks]
-            body.append([f"{width}, calibrated at {d}, then cut", *cut])
-    lines += table(["dimensions", *tasks], body)
-    lines += [f"### Roots ({tasks[0]}, {d // 2} dimensions, then cut)\n"]
-    case = {"task": tasks[0], "keep": d // 2, "source": "self", "size": 1024, "strength": 1.0}
-    cuts = (d // 2, d // 4, d // 8)
-    body = [[root, *(cell(rows, **case, root=root, prefix=cut) for cut in cuts)] for root in ROOTS]
-    lines += table(["root", *map(str, cuts)], body)
-    return lines
+def case_of(row: dict[str, Any]) -> Case:
+    return Case(row["keep"], row["texts"], row["size"], row["strength"], row["shrinkage"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--corpus", type=Path)
-    parser.add_argument("--model", default=str(DEMO_LM))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER_OR_HUB_ID")
+    parser.add_argument("--recipe", action="append", choices=[*RECIPES, *NAMED_TEMPLATES])
+    parser.add_argument("--templates", action="store_true")
+    parser.add_argument("--texts", action="append", choices=TEXTS)
+    parser.add_argument("--task", action="append", choices=TASKS)
+    parser.add_argument("--self-size", type=int, default=FEW, help="Texts that a model writes.")
     parser.add_argument("--cache", type=Path, default=REPOSITORY / ".cache" / "vectors")
+    parser.add_argument("--only-cached", action="store_true", help="Encode nothing.")
+    parser.add_argument("--encode", action="store_true", help="Encode only calibration texts.")
     parser.add_argument("--rows", type=Path, default=ROWS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    arguments = parser.parse_args()
-    raw = raw_model(arguments.model, device="cpu")
-    store = VectorStore(raw.model, cache=arguments.cache)
-    texts = {"self": sample_texts(arguments.model, max(SIZES))}
-    if arguments.corpus is not None:
-        lines = [line for line in arguments.corpus.read_text().splitlines() if len(line) > 40]
-        chosen = random.Random(0).sample(lines, max(SIZES))
-        texts["corpus"] = [" ".join(line.split()[:WORDS]) for line in chosen]
-    samples = {name: torch.from_numpy(store.encode(some)) for name, some in texts.items()}
-    rows = []
-    for task in read_tasks(arguments.data):
-        for row in measure(raw, task, samples, store):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-        store.forget()
-    arguments.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = arguments.page.read_text() if arguments.page.is_file() else f"{START}\n{END}\n"
-    before, after = text.partition(START)[0], text.partition(END)[2]
-    arguments.page.write_text("\n".join([before + START, "", *page(rows), END]) + after)
+    options = parser.parse_args()
+    lines = options.rows.read_text().splitlines() if options.rows.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    tasks: list[Task] = []
+    if options.model:
+        found = {task.info.name: task for task in read_tasks(options.data)}
+        tasks = [found[name] for name in options.task or TASKS]
+    if options.templates:
+        options.texts = ["generic"]
+        tasks = [some_pairs(found["STSBenchmark"])]
+    for model in options.model:
+        name, _, path = model.partition("=")
+        for recipe in options.recipe or (TEMPLATES if options.templates else RECIPES):
+            for more in one_model(name, path, recipe, tasks, rows, options):
+                rows.append(more)
+                with options.rows.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(more) + "\n")
+    write_page(rows)
+
+
+def one_model(
+    name: str,
+    path: str,
+    recipe: str,
+    tasks: Sequence[Task],
+    rows: list[dict[str, Any]],
+    options: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:
+    """The rows of one model with one recipe."""
+    vectored: Vectored | None = None
+    length = 0
+    for task in tasks:
+        wanted = LENGTHS.get(task.info.name, 512)
+        if vectored is None or length != wanted:
+            vectored, length = Vectored(path, recipe, task, options.cache), wanted
+        here = {"model": name, "recipe": recipe, "task": task.info.name}
+        if options.only_cached and not vectored.has(chunks(task)):
+            print(*here.values(), "not encoded, left out", flush=True)
+            continue
+        samples = {}
+        for kind in options.texts or TEXTS:
+            if kind == "generic":
+                texts = generic_texts(FEW if options.templates else SIZE)
+            elif kind == "own":
+                texts = own_texts(task, options.data)
+            else:
+                texts = self_texts(path, options.cache, options.self_size, options.only_cached)
+            if texts and (not options.only_cached or vectored.has(chunked(texts))):
+                samples[kind] = vectored.store.encode(texts)
+        print(*here.values(), *samples, flush=True)
+        if options.encode:
+            continue
+        done = {case_of(row) for row in rows if all(row[key] == here[key] for key in here)}
+        facts = {**here, "metric": task.info.metric, "d": vectored.spectrum.d}
+        grid = cases(few=options.templates)
+        for row in measure(Maps(vectored.spectrum, samples), task, vectored.store, grid, done):
+            yield {**facts, **row}
+        vectored.store.forget()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,355 @@
+"""docs/calibration.md from the rows of `benchmarks/calibration.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROWS = DOCS / "calibration.jsonl"
+SAMPLING = DOCS / "sampling.jsonl"
+PAGE = DOCS / "calibration.md"
+
+Row = dict[str, Any]
+
+RECIPES = {
+    "static": "Static (`layers=0`)",
+    "plain": "Mean pooling",
+    "prompteol": "PromptEOL",
+    "echo": "ECHO",
+}
+WINDOWS = {1.0: "full", 0.75: "3/4", 0.5: "1/2", 0.25: "1/4"}
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+
+#: What a setting must gain on average to be recommended, x 100.
+WANTED = 1.0
+MODELS = 3
+
+HEAD = """# Calibration
+
+Written by `benchmarks/calibration.py` (`make calibration DATA=... MODELS="NAME=FOLDER ..."`); rows
+with their intervals are in `calibration.jsonl`.
+
+Beyond the paper, and off unless asked for. The filter picks directions without data; inside the
+kept window the embeddings of a language model still lie in a narrow cone. Calibration centres and
+whitens them there: the mean *m* and the covariance *S* of the filtered embeddings *y* of some
+texts, shrunk by Ledoit and Wolf's formula, give the map
+
+    z = S^(-a/2) (y - a m)
+
+with the strength *a* from 0 (the filter alone) to 1 (whitening). It is folded into the filter: one
+`Dense` layer with a bias, or one table of a static model, which loads wherever the plain form
+loads. No variance is taken for smaller than a ten-thousandth of the largest, so the map's condition
+number is at most 100. The root of *S* is the symmetric one, which keeps each output at its singular
+direction, so the outputs keep the filter's nested order.
+
+| `calibrate=` | texts |
+|-|-|
+| `"generic"` | 1,024 short English texts that come with the package: SmolLM2-135M-Instruct \
+(Apache-2.0) wrote them, `benchmarks/generic_texts.py` makes them again and checks them \
+against the evaluation texts |
+| `"self"` | texts that the language model samples, at temperature 1 from the start of a document; \
+no prompt, so they are what the model takes for text |
+| a list (`--calibrate FILE`) | your own, one a line: the kind of texts that you will embed |
+
+```python
+import st_embfilter
+
+st_embfilter.from_causal_lm(name, keep=0.75, calibrate="generic", calibration_strength=0.5)
+```
+
+`embfilter.json` records source, number, hash and seed of the texts, strength and shrinkage, and
+`st-embfilter verify --rebuild` repeats it: `generic` and `self` without more, own texts with
+`--texts`.
+
+Held against every text of the four evaluation sets, training and development texts too, none of the
+generic texts has the same words as one of them or shares half of their runs of three words with it;
+two share a run of eight words with Banking77, "and I'm not sure what to do".
+"""
+
+MEASURED = """## Measured
+
+Scores x 100: STSBenchmark Spearman (test), Banking77 accuracy (one draw of 8 examples a class, 20
+test texts a class), StackOverflow v-measure (3 samples of 3,000 titles), SciFact nDCG@10. A gain is
+the difference to the filter alone with the same window; in parentheses its 95 % paired bootstrap
+interval. "Own" are texts of the task's own kind that it neither scores nor learns from: the
+development pairs of STSBenchmark, other training texts of Banking77, other titles of StackOverflow.
+The models are dequantised GGUF files.
+"""
+
+
+def is_(row: Row, **wanted: Any) -> bool:
+    return all(row.get(key) == value for key, value in wanted.items())
+
+
+def gain(row: Row) -> str:
+    return f"{100 * row['delta']:+.1f}"
+
+
+def with_interval(row: Row) -> str:
+    text = f"{100 * row['score']:.1f}"
+    if "low" in row:
+        text += f" ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+    return text
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    marks = "|".join("-" if i == 0 else "-:" for i in range(len(head)))
+    return [f"| {' | '.join(head)} |", f"|{marks}|", *(f"| {' | '.join(r)} |" for r in body), ""]
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Mean gain, and on how many of the cases it is beyond its interval."""
+    if not rows:
+        return ""
+    up = sum(row.get("low", 0) > 0 for row in rows)
+    down = sum(row.get("high", 0) < 0 for row in rows)
+    return f"{100 * mean(row['delta'] for row in rows):+.1f} ({up} up, {down} down of {len(rows)})"
+
+
+def names(rows: Iterable[Row], key: str) -> list[str]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def settings(rows: Sequence[Row], texts: str = "generic") -> list[Row]:
+    return [row for row in rows if is_(row, texts=texts, size=1024, shrinkage=None)]
+
+
+def strengths(rows: Sequence[Row]) -> list[str]:
+    """Every strength in every window, a recipe a column."""
+    here = settings(rows)
+    if not here:
+        return ["Nothing yet.", ""]
+    recipes = [recipe for recipe in RECIPES if any(is_(row, recipe=recipe) for row in here)]
+    lines = ["### Strength and window (generic texts)", ""]
+    lines += ["Mean gain over models and tasks, and on how many of them it is beyond the interval."]
+    for recipe in recipes:
+        models = names([row for row in here if is_(row, recipe=recipe)], "model")
+        lines += [f"{RECIPES[recipe]}: {', '.join(models)}."]
+    lines.append("")
+    body = [
+        [
+            f"{window}, {strength:g}",
+            *(
+                summary([r for r in here if is_(r, recipe=recipe, keep=keep, strength=strength)])
+                for recipe in recipes
+            ),
+        ]
+        for keep, window in WINDOWS.items()
+        for strength in STRENGTHS
+    ]
+    return lines + table(["window, strength", *(RECIPES[recipe] for recipe in recipes)], body)
+
+
+def each_model(rows: Sequence[Row]) -> list[str]:
+    """Scores of every model and task at 3/4."""
+    lines = ["### Each model (3/4 of the directions, generic texts)", ""] if rows else []
+    for recipe, title in RECIPES.items():
+        here = [row for row in rows if is_(row, recipe=recipe, keep=0.75, shrinkage=None)]
+        tasks = names(here, "task")
+        body = []
+        for model in names(here, "model"):
+            for strength in (0.0, *STRENGTHS):
+                kind = {"texts": "generic", "size": 1024} if strength else {"texts": "none"}
+                cells = []
+                for task in tasks:
+                    found = [
+                        row
+                        for row in here
+                        if is_(row, model=model, task=task, strength=strength, **kind)
+                    ]
+                    cells.append(with_interval(found[0]) if found else "")
+                body.append([f"{model}, {strength:g}" if strength else f"{model}, alone", *cells])
+        if body:
+            lines += [f"**{title}**", "", *table(["model, strength", *tasks], body)]
+    return lines
+
+
+def compared(
+    rows: Sequence[Row],
+    title: str,
+    columns: Sequence[tuple[str, Callable[[Row], bool]]],
+    windows: Sequence[float] = (0.75,),
+) -> list[str]:
+    """Mean gains of several choices on those cases (model, recipe, task) that have them all."""
+    body = []
+    for recipe, name in RECIPES.items():
+        for keep in windows:
+            for strength in (0.5, 1.0):
+                here = [
+                    row for row in rows if is_(row, recipe=recipe, keep=keep, strength=strength)
+                ]
+                sides = [
+                    {(row["model"], row["task"]): row for row in here if chosen(row)}
+                    for _, chosen in columns
+                ]
+                both = set.intersection(*(set(side) for side in sides))
+                if both:
+                    cells = [summary([side[key] for key in sorted(both)]) for side in sides]
+                    body.append([f"{name}, {WINDOWS[keep]}, {strength:g}", *cells])
+    if not body:
+        return []
+    return [f"### {title}", "", *table(["", *(label for label, _ in columns)], body)]
+
+
+def others(rows: Sequence[Row]) -> list[str]:
+    def of(texts: str, size: int = 1024, shrinkage: float | None = None) -> Callable[[Row], bool]:
+        return lambda row: is_(row, texts=texts, size=size, shrinkage=shrinkage)
+
+    every = tuple(WINDOWS)
+    return [
+        *compared(
+            rows,
+            "Generic texts or the task's own",
+            [(texts, of(texts)) for texts in ("generic", "own")],
+            every,
+        ),
+        *compared(
+            rows,
+            "Generic texts or the model's own, 256 of each",
+            [(texts, of(texts, 256)) for texts in ("generic", "self")],
+            every,
+        ),
+        *compared(
+            rows,
+            "Number of generic texts",
+            [(f"{n:,}", of("generic", n)) for n in (128, 256, 1024)],
+            every,
+        ),
+        *compared(
+            rows,
+            "Number of own texts",
+            [(f"{n:,}", of("own", n)) for n in (128, 256, 1024)],
+            every,
+        ),
+        *compared(
+            rows,
+            "Shrinkage (generic texts)",
+            [("Ledoit and Wolf", of("generic"))]
+            + [(f"{s:g}", of("generic", 1024, s)) for s in (0.0, 0.1, 0.3)],
+        ),
+    ]
+
+
+def templates(rows: Sequence[Row]) -> list[str]:
+    """PromptEOL beside the other templates for one word, on the same pairs."""
+    here = [row for row in rows if "pairs" in row["task"]]
+    if not here:
+        return []
+    body = []
+    for model in names(here, "model"):
+        for recipe in names(here, "recipe"):
+            mine = [row for row in here if is_(row, model=model, recipe=recipe)]
+            alone = {row["keep"]: f"{100 * row['score']:.1f}" for row in mine if row["size"] == 0}
+            cells = [alone.get(keep, "") for keep in (1.0, 0.75, 0.5)]
+            for strength in (0.5, 1.0):
+                found = [row for row in mine if is_(row, keep=0.75, strength=strength, size=256)]
+                cells.append(with_interval(found[0]) if found else "")
+            body.append([f"{model}, {recipe}", *cells])
+    lines = [
+        "### Templates that ask for one word",
+        "",
+        f"{here[0]['task']} of the test set; `pretended-cot` and `knowledge` are described in",
+        "[prompts.md](prompts.md). Calibrated inside 3/4 with 256 generic texts.",
+        "",
+    ]
+    head = ["", "raw", "3/4", "1/2", "3/4, strength 0.5", "3/4, strength 1"]
+    return lines + table(head, body)
+
+
+def speed(rows: Sequence[Row]) -> list[str]:
+    """How fast texts are sampled."""
+    if not rows:
+        return []
+    body = [
+        [
+            f"{row['model']}, {row['dtype']}",
+            f"{row['before']:.2f}",
+            f"{row['now']:.2f}",
+            f"{row['now'] / row['before']:.1f}",
+            f"`{row['start']}`",
+            ", ".join(f"{share:.0%} {flaw}" for flaw, share in row["flaws"].items() if share)
+            or "none",
+        ]
+        for row in rows
+    ]
+    head = [
+        "model, dtype of its weights",
+        "before",
+        "now",
+        "times",
+        "start",
+        "flaws of the samples",
+    ]
+    return [
+        "### Sampling (`self`)",
+        "",
+        f"Texts of {rows[0]['tokens']} tokens for each second of one core, by",
+        "`python -m benchmarks.sampling`. Before: 64 at a time in the dtype of the weights; now:",
+        f"256, in {rows[0]['computed']}, which is fast on this processor. The machine had other",
+        "work: trust the ratios.",
+        "",
+        *table(head, body),
+    ]
+
+
+# The verdict --------------------------------------------------------------------------------------
+
+
+def candidates(rows: Sequence[Row]) -> list[tuple[float, float, float, list[Row]]]:
+    """Window, strength, mean gain and the losses beyond the interval; the best gain first."""
+    here = [row for row in settings(rows) if row["keep"] < 1]
+    found = []
+    for keep in WINDOWS:
+        for strength in STRENGTHS:
+            mine = [row for row in here if is_(row, keep=keep, strength=strength)]
+            if mine:
+                losses = [row for row in mine if row.get("high", 0) < 0]
+                found.append((keep, strength, 100 * mean(r["delta"] for r in mine), losses))
+    return sorted(found, key=lambda one: -one[2])
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """Whether one setting is to be recommended, for all recipes and for each of them."""
+    lines = [
+        "## What holds",
+        "",
+        f"A setting of `generic` is recommended if it gains at least {WANTED:g} on average over "
+        "all three models and no task loses beyond its interval.",
+        "",
+        *([] if rows else ["No model has been measured yet with the generic texts.", ""]),
+    ]
+    groups = [("All recipes together", list(rows))]
+    groups += [(title, [r for r in rows if is_(r, recipe=name)]) for name, title in RECIPES.items()]
+    for title, here in groups:
+        found = candidates(here)
+        if not found:
+            continue
+        models = names(here, "model")
+        good = [one for one in found if one[2] >= WANTED and not one[3]]
+        said = f"- **{title}** ({', '.join(models)}): "
+        if good:
+            keep, strength, value, _ = good[0]
+            said += f"{WINDOWS[keep]} with strength {strength:g}, {value:+.1f}, no loss"
+            if len(models) < MODELS:
+                said += "; not a recommendation before all three are measured"
+        else:
+            keep, strength, value, losses = found[0]
+            said += f"none. Best on average: {WINDOWS[keep]}, strength {strength:g}, {value:+.1f}"
+            if losses:
+                said += ", which loses on " + "; ".join(
+                    f"{row['model']} {row['recipe']} {row['task']} ({gain(row)})" for row in losses
+                )
+        lines.append(said + ".")
+    return [*lines, ""]
+
+
+def write_page(rows: Sequence[Row]) -> None:
+    lines = SAMPLING.read_text(encoding="utf-8").splitlines() if SAMPLING.is_file() else []
+    full = [row for row in rows if "pairs" not in row["task"]]
+    parts = [HEAD, *verdict(full), MEASURED, *strengths(full), *each_model(full), *others(full)]
+    parts += [*templates(rows), *speed([json.loads(line) for line in lines])]
+    PAGE.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
