@@ -321,12 +321,27 @@ class MetaEOL(Recipe):
 #: Every recipe by its name.
 RECIPES: Final[dict[str, type[Recipe]]] = {kind.name: kind for kind in (PromptEOL, Echo, MetaEOL)}
 
+#: Templates of the literature by a name for `prompt=`, in the spelling of their authors' code:
+#: Pretended CoT and Knowledge Enhancement of Zhang, Chang and Li 2024, "Simple Techniques for
+#: Enhancing Sentence Embeddings in Generative Language Models" (arXiv 2404.03921).
+NAMED_TEMPLATES: Final[dict[str, str]] = {
+    "pretended-cot": (
+        f'After thinking step by step , this sentence : "{SLOT}" means in one word:"'
+    ),
+    "knowledge": (
+        "The essence of a sentence is often captured by its main subjects and actions, while "
+        "descriptive terms provide additional but less central details. With this in mind , this "
+        f'sentence : "{SLOT}" means in one word:"'
+    ),
+}
+
 
 def parse_prompt(prompt: str | Recipe | None, encoding: Encoding | None = None) -> Recipe | None:
     """A recipe from its name, from a template with one `{text}`, or itself.
 
     Args:
-        prompt: "prompteol", "echo", "metaeol", a template, a recipe, or None for plain text.
+        prompt: "prompteol", "echo", "metaeol", a key of `NAMED_TEMPLATES`, a template, a recipe,
+            or None for plain text.
         encoding: Encoding of a recipe that offers several; None for the recipe's own.
 
     Raises:
@@ -337,12 +352,14 @@ def parse_prompt(prompt: str | Recipe | None, encoding: Encoding | None = None) 
         recipe = prompt
     elif isinstance(prompt, str) and prompt in RECIPES:
         recipe = RECIPES[prompt]()
+    elif isinstance(prompt, str) and prompt in NAMED_TEMPLATES:
+        recipe = PromptEOL(NAMED_TEMPLATES[prompt])
     elif isinstance(prompt, str) and ("{" in prompt or "}" in prompt):
         recipe = PromptEOL(prompt)
     else:
         raise PromptError(
-            f"prompt must be None (plain text), one of {', '.join(RECIPES)}, or a template with "
-            f"one {SLOT}, got {prompt!r}"
+            f"prompt must be None (plain text), one of {', '.join([*RECIPES, *NAMED_TEMPLATES])}, "
+            f"or a template with one {SLOT}, got {prompt!r}"
         )
     if encoding is None:
         return recipe

@@ -27,7 +27,7 @@ from st_embfilter.errors import DataError, FormatError, PromptError
 from st_embfilter.evaluation.sweep import raw_model
 from st_embfilter.model.layer import filter_of
 from st_embfilter.model.metadata import FilterMetadata
-from st_embfilter.model.prompts import parse_prompt, recipe_from_dict
+from st_embfilter.model.prompts import NAMED_TEMPLATES, parse_prompt, recipe_from_dict
 from tests import prompt_tokenizers
 from tests.conftest import DEMO_LM, ROOT, TEXTS
 from tests.prompt_tokenizers import EOS, STYLES
@@ -509,6 +509,14 @@ def test_names() -> None:
     assert parse_prompt(None) is None
     assert parse_prompt("prompteol", "exact") == PromptEOL(encoding="exact")
     assert parse_prompt("echo") == Echo()
+    cot = 'After thinking step by step , this sentence : "{text}" means in one word:"'
+    assert parse_prompt("pretended-cot") == PromptEOL(cot)
+    assert parse_prompt("knowledge", "exact").encoding == "exact"
+    for name, template in NAMED_TEMPLATES.items():  # older versions load and rebuild it
+        recipe = parse_prompt(name)
+        assert recipe.to_dict()["recipe"] == "prompteol"
+        assert parse_prompt(recipe.option) == recipe
+        assert template in recipe.templates
     assert len(parse_prompt("metaeol").templates) == 5
     assert PromptEOL().for_model("llama").templates == (
         'Summarize the sentence: "{text}" in one word:"',
@@ -522,7 +530,10 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": "eol"}, "one of prompteol, echo, metaeol, or a template with one {text}, got"),
+        (
+            {"prompt": "eol"},
+            "one of prompteol, echo, metaeol, pretended-cot, knowledge, or a",
+        ),
         ({"prompt": "{sentence}:"}, "must have {text} exactly once, got 0 in '{sentence}:'"),
         ({"prompt": "{text} {text}"}, "exactly once, got 2 in .*; Echo"),
         ({"prompt": "{text} {x}"}, "must have no braces beside {text}, got '{text} {x}'"),
