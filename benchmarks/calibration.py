@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import Tensor
 
 from benchmarks.calibration_page import ROWS, STRENGTHS, WINDOWS, write_page
@@ -46,14 +47,13 @@ from st_embfilter.evaluation.tasks import (
     Task,
 )
 from st_embfilter.evaluation.vectors import Vectors, VectorStore, text_key
-from st_embfilter.model.backbone import backbone_model, load_backbone
+from st_embfilter.model.backbone import TEXT_ONLY, backbone_model, load_backbone
 from st_embfilter.model.calibrate import generic_texts
 from st_embfilter.model.cut import load_cut
 from st_embfilter.model.depth import block_stack
 from st_embfilter.model.prompts import NAMED_TEMPLATES
 from st_embfilter.model.sampling import sample_texts
 from st_embfilter.model.static import token_embeddings
-from st_embfilter.model.tokenizer import modality_config, transformer_class
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.spectrum.whitening import Moments, affine_map, moments
@@ -165,8 +165,8 @@ def static_model(path: str) -> SentenceTransformer:
         load_backbone,
         max_seq_length=512,
         dtype=torch.float32,
-        module_class=transformer_class(None),
-        modality_config=modality_config(None),
+        module_class=Transformer,
+        modality_config=TEXT_ONLY,
     )
     backbone, _ = load_cut(Source.of(path), 0, load)
     return SentenceTransformer(modules=[token_embeddings(backbone)], device="cpu")

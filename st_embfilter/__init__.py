@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from st_embfilter.errors import EmbedFilterError
     from st_embfilter.model.attach import add_filter, stack_filter
     from st_embfilter.model.build import build_filter, filter_from_weight, from_causal_lm
-    from st_embfilter.model.calibrate import calibrate_filter, sample_texts
+    from st_embfilter.model.calibrate import calibrate_filter, generic_texts
     from st_embfilter.model.layer import EmbedFilterLayer
     from st_embfilter.model.prompts import Echo, MetaEOL, PromptEOL
     from st_embfilter.saved.folder import save_pretrained
@@ -46,6 +46,7 @@ __all__ = [
     "filter_from_weight",
     "filter_vectors",
     "from_causal_lm",
+    "generic_texts",
     "load",
     "push_to_hub",
     "sample_texts",
@@ -73,8 +74,9 @@ _load = lazy_names(
         "filter_from_weight": "model.build",
         "filter_vectors": "corpus.stored",
         "from_causal_lm": "model.build",
+        "generic_texts": "model.calibrate",
         "load": "saved.load",
-        "sample_texts": "model.calibrate",
+        "sample_texts": "model.sampling",
         "push_to_hub": "saved.push",
         "save_pretrained": "saved.folder",
         "stack_filter": "model.attach",

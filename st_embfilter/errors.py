@@ -83,5 +83,9 @@ class MissingPackageError(EmbedFilterError, ImportError):
     """An optional package is needed and not installed."""
 
 
+class SampleWarning(UserWarning):
+    """Texts that a language model wrote may be unfit to calibrate on."""
+
+
 class DegenerateEdgeWarning(UserWarning):
     """A band separates directions of (nearly) equal singular values: which ones is arbitrary."""

@@ -34,7 +34,8 @@ def build(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help='prompteol, echo, metaeol or a template like \'In a word, "{text}" is "\'.'
+            help="prompteol, pretended-cot, knowledge, echo, metaeol or a template like "
+            '\'In a word, "{text}" is "\'.'
         ),
     ] = None,
     prompt_encoding: Annotated[
@@ -49,15 +50,16 @@ def build(
     calibrate: Annotated[
         str | None,
         typer.Option(
-            help="Centre and whiten: 'self' with texts that the model writes, or a file with one "
-            "text a line."
+            help="Centre and whiten: 'generic' with texts that come with the package, 'self' with "
+            "texts that the model writes, or a file with one text a line."
         ),
     ] = None,
     calibration_strength: Annotated[
         float, typer.Option(help="From 0 (filter alone) to 1 (whitening).", metavar="X")
     ] = 1.0,
     calibration_size: Annotated[
-        int, typer.Option(help="Texts that the model writes.", min=16, metavar="N")
+        int,
+        typer.Option(help="Generic texts, or those of the model.", min=16, metavar="N"),
     ] = 1024,
     calibration_seed: Annotated[
         int, typer.Option(help="Number that picks them.", min=0, metavar="N")
@@ -139,7 +141,7 @@ def build(
         pooling=pooling,
         normalize=normalize,
         calibrate=calibrate
-        if calibrate in (None, "self")
+        if calibrate in (None, "generic", "self")
         else text_lines(calibrate, "--calibrate"),
         calibration_strength=calibration_strength,
         calibration_size=calibration_size,

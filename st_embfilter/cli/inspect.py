@@ -116,7 +116,9 @@ def _calibration(metadata: FilterMetadata) -> str:
     if record is None:
         return "none (the filter alone)"
     texts = f"{record.texts:,} texts" + (
-        "" if record.seed is None else f" of the model's own, seed {record.seed}"
+        {"self": f" of the model's own, seed {record.seed}", "generic": " of the generic ones"}.get(
+            record.source, ""
+        )
     )
     return f"strength {record.strength:g}, {texts}, shrinkage {record.shrinkage:.3f}"
 

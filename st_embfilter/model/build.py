@@ -23,13 +23,14 @@ from st_embfilter.errors import (
     ShapeError,
 )
 from st_embfilter.model.backbone import DEFAULT_MAX_SEQ_LENGTH, TEXT_ONLY, load_backbone, measured
-from st_embfilter.model.calibrate import calibrate_filter, sample_texts
+from st_embfilter.model.calibrate import GENERIC_TEXTS, calibrate_filter, generic_texts
 from st_embfilter.model.cut import load_cut
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.prompts import Encoding, Recipe, parse_prompt
+from st_embfilter.model.sampling import sample_texts
 from st_embfilter.model.static import check_static, fold, token_embeddings
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import Precision
@@ -53,7 +54,7 @@ def from_causal_lm(
     normalize: bool = False,
     calibrate: str | Sequence[str] | None = None,
     calibration_strength: float = DEFAULT_STRENGTH,
-    calibration_size: int = 1024,
+    calibration_size: int = GENERIC_TEXTS,
     calibration_seed: int = 0,
     max_seq_length: int | None = DEFAULT_MAX_SEQ_LENGTH,
     device: str | None = None,
@@ -70,8 +71,9 @@ def from_causal_lm(
     Args:
         name_or_path: Folder or Hub id of a causal language model, or of a PEFT adapter of one,
             which is merged into it; or a GGUF file, which is dequantised.
-        prompt: Prompt recipe: "prompteol", "echo", "metaeol", a template with one `{text}`, or a
-            `PromptEOL`, `Echo` or `MetaEOL`; None embeds the plain text.
+        prompt: Prompt recipe: "prompteol", "pretended-cot", "knowledge", "echo", "metaeol", a
+            template with one `{text}`, or a `PromptEOL`, `Echo` or `MetaEOL`; None embeds the plain
+            text.
         prompt_encoding: "portable" or "exact", see `PromptEOL`; None for the recipe's own.
         pooling: "mean", "lasttoken" or another mode of `Pooling`; None for the recipe's own (mean
             for plain text).
@@ -84,10 +86,11 @@ def from_causal_lm(
         token_weights: With layers=0, "zipf" or "sif" to weight tokens by their rank in the
             vocabulary; None for the plain mean.
         normalize: Whether embeddings are scaled to unit length after the filter.
-        calibrate: Texts to centre and whiten with, see `calibrate_filter`, or "self" for texts
-            that the model writes itself; None for the paper's method, without.
+        calibrate: Texts to centre and whiten with, see `calibrate_filter`; "generic" for those that
+            come with the package, "self" for texts that the model writes itself; None for the
+            paper's method, without.
         calibration_strength: Strength of the whitening in [0, 1].
-        calibration_size: Number of texts that the model writes.
+        calibration_size: Number of generic texts, or of those that the model writes.
         calibration_seed: Seed of the sampling of those texts.
         max_seq_length: Longest text in tokens, its prompt included; None for the model's own limit.
         device: Device on which the model runs, and on "cuda" the spectrum is computed; None for
@@ -121,10 +124,11 @@ def from_causal_lm(
     )
     recipe = parse_prompt(prompt, prompt_encoding)
     check_strength(calibration_strength)
-    if isinstance(calibrate, str) and calibrate != "self":
+    if isinstance(calibrate, str) and calibrate not in ("generic", "self"):
         raise CalibrationError(
-            f"calibrate must be None, 'self' or a sequence of texts, got {calibrate!r}"
+            f"calibrate must be None, 'generic', 'self' or a sequence of texts, got {calibrate!r}"
         )
+    texts = generic_texts(calibration_size) if calibrate == "generic" else calibrate
     if pooling is not None and pooling not in POOLING_MODES:
         raise PlacementError(f"pooling must be one of {', '.join(POOLING_MODES)}, got {pooling!r}")
     static = layers == 0
@@ -171,7 +175,7 @@ def from_causal_lm(
     if normalize:
         modules.append(Normalize())
     model = SentenceTransformer(modules=modules, device=device)
-    if calibrate == "self":
+    if texts == "self":
         texts = sample_texts(
             source,
             calibration_size,
@@ -180,9 +184,7 @@ def from_causal_lm(
             dtype=dtype,
             show_progress_bar=show_progress_bar,
         )
-    elif calibrate is not None:
-        texts = list(calibrate)
-    if calibrate is not None:
+    if texts is not None:
         calibrate_filter(
             model,
             texts,

@@ -1,30 +1,22 @@
-"""Calibration: texts that a language model writes by itself, and filters fitted to texts."""
+"""Calibration: texts that a language model wrote, and filters fitted to texts."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Final
+from pathlib import Path
+from typing import Final
 
 import torch
 from sentence_transformers import SentenceTransformer
-from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-)
 
 from st_embfilter.errors import CalibrationError, PlacementError
-from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.layer import EmbedFilterLayer, filter_of
 from st_embfilter.model.pipeline import replace_module
-from st_embfilter.model.tokenizer import start_token
 from st_embfilter.spectrum.whitening import (
     DEFAULT_STRENGTH,
+    MIN_TEXTS,
     Calibration,
     affine_map,
     check_strength,
@@ -32,14 +24,35 @@ from st_embfilter.spectrum.whitening import (
     moments,
     texts_hash,
 )
-from st_embfilter.text import reading
-from st_embfilter.unembedding.source import Source
+from st_embfilter.text import read_json
 
-#: Tokens of a sampled text, about two sentences: the length of the texts that people embed.
-DEFAULT_TOKENS: Final = 32
+#: What `generic_texts` reads; made by `benchmarks/generic_texts.py`.
+GENERIC_FILE: Final = Path(__file__).with_name("generic_texts.json")
 
-#: Fixed, because the samples of a seed depend on it.
-_BATCH: Final = 64
+#: How many texts it holds.
+GENERIC_TEXTS: Final = 1024
+
+
+def generic_texts(count: int = GENERIC_TEXTS) -> list[str]:
+    """The first of the short texts that come with the package, for any language model.
+
+    SmolLM2-135M-Instruct (Apache-2.0) wrote them, facts, questions, problems, requests, opinions,
+    titles and advice of everyday subjects, in English; the file says by which seed and settings.
+
+    Args:
+        count: How many, in [16, 1024]; the first ones are mixed as well.
+
+    Raises:
+        CalibrationError: If there are not so many.
+    """
+    if type(count) is not int or not MIN_TEXTS <= count <= GENERIC_TEXTS:
+        raise CalibrationError(
+            f"the number of generic texts must be in [{MIN_TEXTS}, {GENERIC_TEXTS}], got "
+            f"{count!r}; give texts of your own to calibrate on more"
+        )
+    content = read_json(GENERIC_FILE.read_bytes(), GENERIC_FILE.name, CalibrationError)
+    texts: list[str] = content["texts"][:count]
+    return texts
 
 
 def calibrate_filter(
@@ -58,8 +71,8 @@ def calibrate_filter(
 
     Args:
         model: A filtered model; changed in place.
-        texts: Texts like those to embed, or `sample_texts` of the model's own. Empty and repeated
-            ones are dropped.
+        texts: Texts like those to embed, `generic_texts`, or `sample_texts` of the model's own.
+            Empty and repeated ones are dropped.
         strength: A number in [0, 1]; 0 leaves the embeddings as they are, 1 whitens in full.
         seed: The seed of `sample_texts`, if the texts come from there, for the record.
         batch_size: Texts that are encoded at a time.
@@ -93,10 +106,12 @@ def calibrate_filter(
     )
     estimate = moments(embeddings)
     matrix, bias = affine_map(estimate, strength)
+    digest = texts_hash(texts)
+    generic = len(texts) <= GENERIC_TEXTS and digest == texts_hash(generic_texts(len(texts)))
     record = Calibration(
-        source="texts" if seed is None else "self",
+        source="generic" if generic else "texts" if seed is None else "self",
         texts=len(texts),
-        sha256=texts_hash(texts),
+        sha256=digest,
         strength=strength,
         shrinkage=estimate.shrinkage,
         seed=seed,
@@ -109,99 +124,3 @@ def calibrate_filter(
     )
     replace_module(model, layer, calibrated)
     return model
-
-
-@reading("the language model", CalibrationError, "write texts to calibrate on")
-def sample_texts(
-    name_or_path: str | os.PathLike[str] | Source,
-    count: int = 1024,
-    *,
-    seed: int = 0,
-    max_new_tokens: int = DEFAULT_TOKENS,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    trust_remote_code: bool = False,
-    show_progress_bar: bool = True,
-) -> list[str]:
-    """Samples different texts from a language model, at temperature 1 from the start of a text.
-
-    The same seed gives the same texts on the same machine and library versions. The random state of
-    torch is left as it was.
-
-    Args:
-        name_or_path: Folder or Hub id of a causal language model, or a `Source`, which has a
-            revision, a token and a trust of its own.
-        count: Number of texts, >= 1.
-        seed: Seed of the sampling.
-        max_new_tokens: Longest text in tokens, >= 1.
-        device: Where the model runs; None for the CPU.
-        dtype: Dtype of the model, as in transformers.
-        revision: Branch, tag or commit on the Hub.
-        token: Hub token.
-        trust_remote_code: Allow model code of the checkpoint to run.
-        show_progress_bar: Show a bar.
-
-    Raises:
-        CalibrationError: If the model keeps writing nothing, or the same.
-    """
-    if count < 1 or max_new_tokens < 1:
-        raise CalibrationError(
-            f"sampling needs count >= 1 and max_new_tokens >= 1, got {count} and {max_new_tokens}"
-        )
-    source = Source.of(
-        name_or_path, revision=revision, token=token, trust_remote_code=trust_remote_code
-    )
-    source, dtype = readable(source, dtype, show_progress_bar=show_progress_bar)
-    name, hub = source.name, source.for_transformers()
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **hub)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        name, **hub, **({} if dtype is None else {"dtype": dtype})
-    )
-    model.to(device or "cpu").eval()
-    # Nothing else of the checkpoint's own settings: they are a stranger's, and shape the texts.
-    ends = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=ends)
-    start = start_token(tokenizer, model.config)
-    if start is None:
-        raise CalibrationError(
-            "sampling needs a token that starts a text, got a tokenizer without BOS and EOS; give "
-            "texts instead"
-        )
-    texts: dict[str, None] = {}
-    rounds = -(-4 * count // _BATCH)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices),
-        tqdm(
-            total=count,
-            unit="text",
-            desc="Sampling texts",
-            disable=None if show_progress_bar else True,
-        ) as bar,
-    ):
-        torch.manual_seed(seed)
-        for _ in range(rounds):
-            prompts = torch.full((_BATCH, 1), start, device=model.device)
-            written = model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or start,
-            )
-            for text in tokenizer.batch_decode(written, skip_special_tokens=True):
-                if text.strip() and len(texts) < count:
-                    texts[text.strip()] = None
-            bar.update(len(texts) - bar.n)
-            if len(texts) == count:
-                return list(texts)
-    raise CalibrationError(
-        f"the language model must write different texts to calibrate on, got {len(texts)} in "
-        f"{rounds * _BATCH} samples of {name}; give texts instead"
-    )

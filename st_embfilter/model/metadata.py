@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 
@@ -19,7 +19,7 @@ from st_embfilter.errors import BandError, DepthError, FormatError, PromptError
 from st_embfilter.model.depth import Depth
 from st_embfilter.model.prompts import recipe_from_dict
 from st_embfilter.spectrum.band import Band
-from st_embfilter.spectrum.whitening import Calibration
+from st_embfilter.spectrum.whitening import Calibration, Source
 from st_embfilter.text import json_text, read_json
 from st_embfilter.unembedding.matrix import Provenance
 
@@ -207,10 +207,10 @@ def _calibration(value: object) -> Calibration | None:
     )
     _check_seed(calibration.seed)
     in_range = 0.0 <= calibration.strength <= 1.0 and 0.0 <= calibration.shrinkage <= 1.0
-    if calibration.source not in ("self", "texts") or calibration.texts < 1 or not in_range:
+    if calibration.source not in get_args(Source) or calibration.texts < 1 or not in_range:
         raise FormatError(
-            f"{METADATA_FILE}: calibration must have source 'self' or 'texts', texts >= 1, and "
-            f"strength and shrinkage in [0, 1], got {record!r}"
+            f"{METADATA_FILE}: calibration must have a source among {', '.join(get_args(Source))}, "
+            f"texts >= 1, and strength and shrinkage in [0, 1], got {record!r}"
         )
     return calibration
 

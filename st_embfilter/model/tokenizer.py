@@ -36,7 +36,7 @@ _SOURCE_FILES: Final = re.compile(
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 #: Name that byte-level vocabularies give to the token between the documents of their training.
-_DOCUMENT_SEPARATOR: Final = "<|endoftext|>"
+DOCUMENT_SEPARATOR: Final = "<|endoftext|>"
 
 #: Texts whose edges join differently with what stands around them.
 _PROBES: Final = ("", "word", " word ", "A word.", '"A word?"', "(1)\n", "\u05e9\u05dc\u05d5\u05dd")
@@ -74,7 +74,7 @@ def start_token(
     vocabulary = tokenizer.get_vocab()
     candidates = [
         *(token for token in lead[:1] if token in tokenizer.all_special_ids),  # and no prompt
-        vocabulary.get(_DOCUMENT_SEPARATOR),
+        vocabulary.get(DOCUMENT_SEPARATOR),
         tokenizer.bos_token_id,
         getattr(config, "bos_token_id", None),
         tokenizer.eos_token_id,

@@ -518,7 +518,7 @@ def _build_command(facts: CardFacts, repo_id: str | None) -> str:
 def _calibrate_option(calibration: Calibration | None) -> str | None:
     if calibration is None:
         return None
-    return "self" if calibration.source == "self" else "texts.txt"
+    return "texts.txt" if calibration.source == "texts" else calibration.source
 
 
 def _strength_option(calibration: Calibration | None) -> str | None:
@@ -528,7 +528,7 @@ def _strength_option(calibration: Calibration | None) -> str | None:
 
 
 def _size_option(calibration: Calibration | None) -> str | None:
-    if calibration is None or calibration.source != "self" or calibration.texts == 1024:
+    if calibration is None or calibration.source == "texts" or calibration.texts == 1024:
         return None
     return str(calibration.texts)
 

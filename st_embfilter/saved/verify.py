@@ -17,12 +17,13 @@ from st_embfilter.errors import EmbedFilterError, FormatError, HubError
 from st_embfilter.files.folder import ModelFiles, links_out
 from st_embfilter.files.tensors import SAFETENSORS_FILE
 from st_embfilter.model import echo_pooling
-from st_embfilter.model.calibrate import calibrate_filter, sample_texts
+from st_embfilter.model.calibrate import calibrate_filter, generic_texts
 from st_embfilter.model.depth import text_config
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import EmbedFilterLayer, read_filter
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
+from st_embfilter.model.sampling import sample_texts
 from st_embfilter.saved import checks, layout
 from st_embfilter.saved.card import check_card, stated_base
 from st_embfilter.saved.load import load, read_saved
@@ -82,7 +83,7 @@ def verify(
         path: Folder or Hub id.
         rebuild: Also compare the spaces of all prefixes with the filter built anew, repeat a
             calibration, and download the weights of a model on the Hub to check them.
-        texts: What the filter was calibrated with, if not with texts of the model's own.
+        texts: What the filter was calibrated with, if not with generic texts or the model's own.
         base: Folder or Hub id of the language model that a filter alone was made from.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
@@ -325,6 +326,8 @@ class _Job:
             return None, "needs the model that the filter was calibrated in; verify that one"
         if self.texts is not None:
             texts = different_texts(self.texts)
+        elif record.source == "generic":
+            texts = generic_texts(record.texts)
         elif record.source != "self":
             return None, "made with given texts, which the model does not hold; give them (--texts)"
         elif record.texts > MAX_SAMPLED:
@@ -342,6 +345,8 @@ class _Job:
         if texts_hash(texts) != record.sha256:
             if self.texts is not None:
                 return None, "the texts given are not those that it was made with"
+            if record.source == "generic":
+                return None, "other texts come with this version; give those that it was made with"
             return None, "sampling gives other texts with these library versions or this machine"
         model = load(self.source, device="cpu")
         projection = spectrum.projection(layer.metadata.band)

@@ -1,8 +1,8 @@
-"""Self-calibration: centre and whiten the filtered embedding with the moments of some texts.
+"""Calibration: centre and whiten the filtered embedding with the moments of some texts.
 
 Beyond the paper. The filter picks directions by the unembedding matrix alone; inside the kept
 window the embeddings of a language model still lie in a narrow cone. An affine map estimated from a
-few texts, which the language model may have written itself, makes them spread evenly:
+few texts, whoever wrote them, makes them spread evenly:
 
     z = S^(-a/2) (y - a m)
 
@@ -34,21 +34,26 @@ MIN_TEXTS: Final = 16
 DEFAULT_STRENGTH: Final = 1.0
 
 
+#: Where the texts of a calibration are from.
+Source = Literal["self", "generic", "texts"]
+
+
 @dataclass(frozen=True)
 class Calibration:
     """How a filter was calibrated.
 
     Attributes:
-        source: "self" for texts sampled from the language model, "texts" for given ones.
+        source: "self" for texts sampled from the language model, "generic" for those that come with
+            the package, "texts" for given ones.
         texts: Number of different texts used.
         sha256: Hash of the texts, see `texts_hash`.
         strength: Strength of whitening in [0, 1]; 0 is the filter alone, 1 full whitening.
         shrinkage: Weight in [0, 1] of the identity in the covariance, chosen by Ledoit and Wolf's
             formula.
-        seed: Seed of the sampling; None for given texts.
+        seed: Seed of the sampling; None for other texts.
     """
 
-    source: Literal["self", "texts"]
+    source: Source
     texts: int
     sha256: str
     strength: float
@@ -90,7 +95,7 @@ def different_texts(texts: Iterable[str]) -> list[str]:
     """
     if isinstance(texts, str):
         raise CalibrationError(
-            "calibration takes 'self' or a sequence of texts, got a single string; give a list"
+            "calibration takes a sequence of texts, got a single string; give a list"
         )
     kept = list(dict.fromkeys(text for text in texts if text.strip()))
     if len(kept) < MIN_TEXTS:

@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 import st_embfilter
 from st_embfilter.errors import CalibrationError, FormatError
-from st_embfilter.model.calibrate import sample_texts
+from st_embfilter.model.calibrate import GENERIC_TEXTS, generic_texts
 from st_embfilter.model.layer import assemble, filter_of
+from st_embfilter.model.sampling import sample_texts
 from st_embfilter.spectrum.whitening import (
     MAX_CONDITION,
     MIN_TEXTS,
@@ -126,6 +127,9 @@ def test_unfit_embeddings() -> None:
         moments(points)
 
 
+GENERIC_SHA256 = "3d51bafc2d396f409840d5ccf68778ddc9d51884fffc48b4f09a82304fabac34"
+
+
 # Texts --------------------------------------------------------------------------------------------
 
 
@@ -141,26 +145,26 @@ def test_the_hash_tells_where_a_text_ends() -> None:
     assert texts_hash(["ab", "c"]) != texts_hash(["a", "bc"])
 
 
-def test_samples_are_repeated_by_their_seed(demo_lm: Path) -> None:
-    torch.manual_seed(5)
-    before = torch.random.get_rng_state()
-    one = sample_texts(demo_lm, 40, seed=1, max_new_tokens=8, show_progress_bar=False)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert one == sample_texts(demo_lm, 40, seed=1, max_new_tokens=8, show_progress_bar=False)
-    assert one != sample_texts(demo_lm, 40, seed=2, max_new_tokens=8, show_progress_bar=False)
-    assert len(set(one)) == 40
-    assert all(text.strip() for text in one)
+def test_the_generic_texts_are_many_short_and_different() -> None:
+    texts = generic_texts()
+    assert len(texts) == GENERIC_TEXTS == 1024
+    assert different_texts(texts) == texts
+    assert len({text.lower() for text in texts}) == len(texts)
+    assert max(len(text.split()) for text in texts) < 40
+    assert texts[:300] == generic_texts(300)
 
 
-def test_a_model_that_only_ends(demo_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import LlamaForCausalLM
+def test_the_generic_texts_never_change() -> None:
+    """Models that were calibrated with them are rebuilt from these; others need another name."""
+    assert texts_hash(generic_texts()) == GENERIC_SHA256
 
-    def only_eos(self: object, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return torch.zeros((len(ids), 2), dtype=torch.long)
 
-    monkeypatch.setattr(LlamaForCausalLM, "generate", only_eos)
-    with pytest.raises(CalibrationError, match="got 0 in 64 samples"):
-        sample_texts(demo_lm, 16, show_progress_bar=False)
+@pytest.mark.parametrize("count", [MIN_TEXTS - 1, 1025, 100.0, True])
+def test_there_are_so_many_generic_texts(demo_lm: Path, count: int) -> None:
+    with pytest.raises(CalibrationError, match=r"must be in \[16, 1024\], got"):
+        generic_texts(count)
+    with pytest.raises(CalibrationError, match=r"must be in \[16, 1024\], got"):
+        build(demo_lm, calibrate="generic", calibration_size=count)
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -215,10 +219,22 @@ def test_the_record(demo_lm: Path) -> None:
     assert (given.source, given.texts, given.seed) == ("texts", len(TEXTS), None)
 
 
+def test_the_record_of_generic_texts(demo_lm: Path) -> None:
+    named = build(demo_lm, calibrate="generic", calibration_size=64)
+    record = filter_of(named).metadata.calibration
+    assert (record.source, record.texts, record.seed) == ("generic", 64, None)
+    assert record.sha256 == texts_hash(generic_texts(64))
+    given = build(demo_lm, calibrate=generic_texts(64))
+    assert filter_of(given).metadata == filter_of(named).metadata
+    assert_close(given.encode(TEXTS), named.encode(TEXTS), atol=0, rtol=0)
+    some = filter_of(build(demo_lm, calibrate=generic_texts(64)[1:])).metadata.calibration
+    assert some.source == "texts"
+
+
 def test_a_filter_is_calibrated_once(demo_lm: Path) -> None:
     with pytest.raises(CalibrationError, match="at most once"):
         st_embfilter.calibrate_filter(build(demo_lm), TEXTS)
-    with pytest.raises(CalibrationError, match="None, 'self' or a sequence"):
+    with pytest.raises(CalibrationError, match="None, 'generic', 'self' or a sequence"):
         build(demo_lm, calibrate="corpus")
 
 
@@ -228,7 +244,7 @@ def test_a_filter_is_calibrated_once(demo_lm: Path) -> None:
         (lambda r: None, "must be \\['linear.weight'\\]"),
         (lambda r: {**r, "strength": 2.0}, "in \\[0, 1\\]"),
         (lambda r: {**r, "texts": "many"}, "texts must be int"),
-        (lambda r: {**r, "source": "dream"}, "'self' or 'texts'"),
+        (lambda r: {**r, "source": "dream"}, "among self, generic, texts"),
     ],
 )
 def test_a_record_that_does_not_fit(demo_lm: Path, change: object, message: str) -> None:

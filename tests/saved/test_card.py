@@ -155,6 +155,11 @@ def test_a_calibrated_model_says_so_and_no_more() -> None:
     assert "are the filter of that width" not in text
     assert "--calibrate self" in text
     assert "--calibration-strength 0.5" in text
+    generic = render(replace(FACTS, calibration=replace(own, source="generic", seed=None)))
+    check_card(generic)
+    assert "of 1,024 texts that come\nwith st-embfilter" in generic
+    assert "no data" not in generic
+    assert "--calibrate generic" in generic
     given = render(replace(FACTS, calibration=replace(own, source="texts", strength=1.0)))
     assert "no data" not in given
     assert "--calibrate texts.txt" in given
@@ -427,6 +432,7 @@ BUILDS = [
     {},
     {"keep": 7, "band": "offset:3", "normalize": True},
     {"band": "random:5", "pooling": "lasttoken", "max_seq_length": 40},
+    {"calibrate": "generic", "calibration_size": 40, "calibration_strength": 0.5},
     {"calibrate": "self", "calibration_size": 48, "calibration_seed": 3},
     {"calibrate": "self", "calibration_size": 32, "calibration_strength": 0.5},
     {"prompt": 'In a\nword ``` "{text}" is "', "keep": 0.25},

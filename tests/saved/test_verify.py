@@ -169,6 +169,22 @@ def test_a_model_calibrated_with_its_own_texts(saved: Path, tmp_path: Path) -> N
     assert results(path)["calibration"] is None  # bounded: it would run for years
 
 
+def test_a_model_calibrated_with_generic_texts(saved: Path, tmp_path: Path) -> None:
+    model = st_embfilter.from_causal_lm(
+        saved.parent / "lm",
+        calibrate="generic",
+        calibration_size=48,
+        device="cpu",
+        show_progress_bar=False,
+    )
+    path = st_embfilter.save_pretrained(model, tmp_path / "model")
+    assert set(results(path).values()) == {True}
+    edit(path / "embfilter.json", lambda d: d["calibration"].update(sha256="0" * 64))
+    assert results(path)["calibration"] is None  # other texts than those of this version
+    edit(path / "embfilter.json", lambda d: d["calibration"].update(texts=4096))
+    assert results(path)["calibration"] is False
+
+
 def exit_code(*arguments: str | Path) -> int:
     return CliRunner().invoke(app, ["verify", *map(str, arguments)]).exit_code
 

@@ -1,0 +1,150 @@
+"""Texts that a language model writes: repeatable, from the start of a document, and looked at."""
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from st_embfilter.errors import CalibrationError, SampleWarning
+from st_embfilter.model import sampling
+from st_embfilter.model.sampling import flaws, sample_texts, starts_turn
+from st_embfilter.model.tokenizer import start_token
+
+
+def test_samples_are_repeated_by_their_seed(demo_lm: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    one = sample_texts(demo_lm, 40, seed=1, max_new_tokens=8, show_progress_bar=False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert one == sample_texts(demo_lm, 40, seed=1, max_new_tokens=8, show_progress_bar=False)
+    assert one != sample_texts(demo_lm, 40, seed=2, max_new_tokens=8, show_progress_bar=False)
+    assert len(set(one)) == 40
+    assert all(text.strip() for text in one)
+
+
+def test_a_model_that_only_ends(demo_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaForCausalLM
+
+    def only_eos(self: object, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.zeros((len(ids), 2), dtype=torch.long)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", only_eos)
+    with pytest.raises(CalibrationError, match="got 0 in 64 samples"):
+        sample_texts(demo_lm, 16, show_progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [({"avx2": True}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16)],
+)
+def test_a_cpu_samples_in_what_it_is_fast_in(
+    demo_lm: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capabilities: dict[str, bool],
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    seen = []
+    plain = sampling.write
+
+    def write(model: torch.nn.Module, *args: int) -> torch.Tensor:
+        seen.append(next(model.parameters()).dtype)
+        return plain(model, *args)
+
+    monkeypatch.setattr(sampling, "write", write)
+    half = sample_texts(demo_lm, 20, max_new_tokens=8, dtype=torch.float16, show_progress_bar=False)
+    assert len(half) == 20
+    assert set(seen) == {dtype}
+
+
+def test_tokens_are_drawn_by_their_probability() -> None:
+    torch.manual_seed(0)
+    wanted = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    n = 20_000
+    drawn = sampling._draw(torch.empty(n, 0), wanted.log().repeat(n, 1))
+    assert torch.equal(drawn.isfinite().sum(dim=1), torch.ones(n, dtype=torch.long))
+    found = torch.bincount(drawn.argmax(dim=1), minlength=4) / n
+    assert found[1] == 0
+    # Five standard deviations of a share.
+    assert ((found - wanted).abs() <= 5 * (wanted * (1 - wanted) / n).sqrt()).all()
+
+
+def test_flaws_of_samples() -> None:
+    good = [f"{a} {b} {a} {b} {c}" for a, b, c in product("xyz", "uvw", "rst")]
+    assert set(flaws(good).values()) == {0.0}
+    bad = [*good, *["", good[0], "so so so so so so on", "a", "a"] * 5]
+    found = flaws(bad)
+    n = len(bad)
+    assert found["are empty"] == 5 / n
+    assert found["repeat another one"] == (n - len(good) - 3) / n
+    assert found["repeat themselves"] == 5 / n
+    stories = [f"once upon a time there was a {word}" for word in ("cat", "dog", "fox", "owl")]
+    assert flaws(stories)["begin alike"] == 1.0
+    assert flaws(stories[:3])["begin alike"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("line", "flaw"),
+    [
+        (lambda i: f"Chapter one of book {i} about {i * i}", "100% begin alike"),
+        (lambda i: f"{i} " + "very " * 20, "100% repeat themselves"),
+    ],
+)
+def test_samples_that_say_little_are_reported(
+    demo_lm: Path, monkeypatch: pytest.MonkeyPatch, line: Callable[[int], str], flaw: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_lm)
+
+    def write(model: object, start: int, rows: int, length: int, pad: int) -> list[list[int]]:
+        return [tokenizer(line(i))["input_ids"] for i in range(rows)]
+
+    monkeypatch.setattr(sampling, "write", write)
+    with pytest.warns(SampleWarning, match=f"{flaw}.* among 64 samples .* 'generic'"):
+        sample_texts(demo_lm, 20, show_progress_bar=False)
+
+
+def chat_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    words = ["<|im_start|>", "<|im_end|>", "<bos>", "<|endoftext|>", "a"]
+    if "separator" not in special:
+        words.remove("<|endoftext|>")
+    special.pop("separator", None)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, "a")),
+        **special,
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
+        "{% endfor %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("special", "start", "turn"),
+    [
+        ({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}, "<|im_start|>", True),
+        ({"eos_token": "<|im_end|>"}, "<|im_end|>", True),
+        ({"bos_token": "<|im_start|>", "separator": "yes"}, "<|endoftext|>", False),
+        ({"bos_token": "<bos>", "eos_token": "<|im_end|>"}, "<bos>", False),
+    ],
+)
+def test_the_start_of_a_document_is_no_turn_of_a_chat(
+    special: dict[str, str], start: str, turn: bool
+) -> None:
+    tokenizer = chat_tokenizer(**special)
+    token = start_token(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(token) == start
+    assert starts_turn(tokenizer, token) is turn
+
+
+def test_a_chat_that_knows_no_documents_is_reported(
+    demo_lm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "starts_turn", lambda *_: True)
+    with pytest.warns(SampleWarning, match="starts a turn of a chat.*'generic'"):
+        sample_texts(demo_lm, 20, max_new_tokens=8, show_progress_bar=False)
