@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo models test test-models test-latest lint types wheel benchmark compat hardening coverage-full figures model-cards results results-demo-lm depth calibration clean
+.PHONY: demo models test test-models test-latest lint types wheel benchmark compat browser hardening coverage-full figures model-cards results results-demo-lm depth calibration clean
 
 LM ?= smollm2
 demo: $(VENV)/.ready  ## set up, fetch a real LM (93 MB), filter it and show what changes; LM=openstax is offline
@@ -48,8 +48,13 @@ figures: $(VENV)/.ready-dev  ## regenerate docs/figures with the demo LM
 
 # Other libraries in environments of their own, in the folder COMPAT; minutes, and 9 GB if they are kept.
 COMPAT ?= .compat
-compat: $(VENV)/.ready  ## load a saved model through other libraries, write docs/compatibility.md
+compat: $(VENV)/.ready  ## load a saved model through other libraries, write docs/compatibility.md; Node, npm and Chromium for the rows of transformers.js
+	$(PIP) install -c constraints.txt -e '.[gguf,onnx]'
 	$(BIN)/python -m compat.run --environments $(COMPAT)
+
+browser: $(VENV)/.ready  ## what examples/browser loads: a model, texts, transformers.js from npm; LM=openstax is the bundled one
+	$(PIP) install -c constraints.txt -e '.[gguf,onnx]'
+	$(BIN)/python -W ignore -m examples.browser.prepare --lm $(LM) $(if $(PICTURE),--picture $(PICTURE))
 
 hardening: $(VENV)/.ready-dev  ## hostile inputs, crashes, soak; HARDENING=--write for docs/hardening.md
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m hardening $(HARDENING)

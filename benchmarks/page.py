@@ -94,6 +94,13 @@ SECTIONS = {
         "benchmarks/load.py",
         cached=False,
     ),
+    "onnx": Section(
+        "ONNX",
+        "SmolLM2-135M as one graph: what the export takes, check included, and what it loses; ONNX "
+        "Runtime against torch on the same batches, in turn.",
+        "benchmarks/onnx_export.py --dtype float32 --dtype int8",
+        cached=False,
+    ),
     "sweep": Section(
         "A sweep of 40 configurations",
         "Against encoding once and scoring 40 sets of ready vectors, intervals included.",

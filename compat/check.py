@@ -8,11 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import runpy
-import shutil
 import sys
-import tempfile
-from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ANONYMIZED_TELEMETRY="False")
 
@@ -98,26 +94,60 @@ def bertopic(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
 
 
 def onnx(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
-    return _exported("onnx", folder, texts)
+    import onnxruntime
+
+    file = next(iter(sorted(os.listdir(os.path.join(folder, "onnx")))))
+    session = onnxruntime.InferenceSession(os.path.join(folder, "onnx", file))
+    return _batched(lambda inputs: session.run(["sentence_embedding"], inputs)[0], folder, texts)
 
 
 def openvino(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
+    from openvino import Core
+
     # By default a CPU that can computes in 16 bits.
-    return _exported("openvino", folder, texts, ov_config={"INFERENCE_PRECISION_HINT": "f32"})
+    precision = {"INFERENCE_PRECISION_HINT": "f32"}
+    model = Core().compile_model(os.path.join(folder, "onnx", "model.onnx"), "CPU", precision)
+    return _batched(lambda inputs: model(inputs)["sentence_embedding"], folder, texts)
 
 
-def _exported(
-    backend: str, folder: str, texts: list[str], **options: object
-) -> dict[str, np.ndarray]:
-    from sentence_transformers import SentenceTransformer
+def _batched(run, folder: str, texts: list[str]) -> dict[str, np.ndarray]:
+    """All texts together, padded, and each alone."""
+    from tokenizers import Tokenizer
 
-    export = runpy.run_path(os.path.join(os.path.dirname(__file__), "export.py"))["export"]
-    with tempfile.TemporaryDirectory() as place:
-        copy = shutil.copytree(folder, os.path.join(place, "model"))
-        export(backend, Path(copy))
-        model = SentenceTransformer(copy, device="cpu", backend=backend, model_kwargs=options)
-        alone = np.concatenate([model.encode([text]) for text in texts])
-        return {"embeddings": model.encode(texts), "alone": alone}
+    with open(os.path.join(folder, "tokenizer_config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+    tokenizer.enable_truncation(config["model_max_length"])
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(config["pad_token"]))
+
+    def embed(batch: list[str]) -> np.ndarray:
+        encoded = tokenizer.encode_batch(batch)
+        ids = np.array([one.ids for one in encoded], np.int64)
+        mask = np.array([one.attention_mask for one in encoded], np.int64)
+        return run({"input_ids": ids, "attention_mask": mask})
+
+    alone = np.concatenate([embed([text]) for text in texts])
+    return {"embeddings": embed(texts), "alone": alone}
+
+
+def fastembed(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
+    from fastembed import TextEmbedding
+    from fastembed.common.model_description import ModelSource, PoolingType
+
+    with open(os.path.join(folder, "embfilter_onnx.json"), encoding="utf-8") as file:
+        facts = json.load(file)
+    TextEmbedding.add_custom_model(
+        "filtered",
+        pooling=PoolingType.DISABLED,
+        normalization=False,
+        output_name="sentence_embedding",
+        sources=ModelSource(hf="filtered"),
+        dim=facts["dimensions"],
+        model_file=facts["file"],
+    )
+    model = TextEmbedding("filtered", specific_model_path=folder)
+    alone = [next(iter(model.embed([text]))) for text in texts]
+    return {"embeddings": np.array(list(model.embed(texts))), "alone": np.array(alone)}
 
 
 STACKS = {
@@ -130,6 +160,7 @@ STACKS = {
     "BERTopic": bertopic,
     "ONNX Runtime": onnx,
     "OpenVINO": openvino,
+    "fastembed": fastembed,
 }
 
 
@@ -141,7 +172,12 @@ def main() -> None:
         arrays = STACKS[stack](folder, json.load(file))
     np.savez(output, **{name: np.asarray(array, np.float64) for name, array in arrays.items()})
     packages = (package, "sentence-transformers", "transformers", "torch")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    packages += ("onnxruntime", "tokenizers")
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in packages
+        if importlib.util.find_spec(name.replace("-", "_"))
+    }
     print(json.dumps({"stack": stack, "versions": versions, "parts": sorted(arrays)}))
 
 

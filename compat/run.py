@@ -10,19 +10,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sentence_transformers import SentenceTransformer
 
 import st_embfilter
-from compat import rules
+from compat import javascript, rules
+from st_embfilter.saved.onnx_graph import Dtype
 
 ROOT = Path(__file__).parents[1]
 DEMO_LM = ROOT / "examples" / "openstax-lm"
@@ -57,6 +61,16 @@ FOLDERS: dict[str, tuple[dict[str, Any], str]] = {
     "calibrated": ({"keep": 0.5, "calibrate": CALIBRATION}, "mean"),
 }
 
+# Exported as one graph each: the folders, a static model, and one in 8 bits.
+GRAPHS: dict[str, tuple[dict[str, Any], Dtype]] = {
+    **{name: (options, "float32") for name, (options, _) in FOLDERS.items()},
+    "static": ({"layers": 0, "keep": 0.5}, "float32"),
+    "8 bits": ({"keep": 0.5}, "int8"),
+}
+
+#: As transformers.js names them.
+DTYPES = {"float32": "fp32", "int8": "q8"}
+
 INTEGRATIONS = (
     "sentence-transformers==6.2.0",
     "langchain-huggingface",
@@ -79,6 +93,27 @@ class Stack:
     requirements: tuple[str, ...]
     note: str = ""
     without: tuple[str, ...] = ()
+    graph: bool = False
+    javascript: Callable[[Path, Path, Path, str], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder and what its texts should give.
+
+    Attributes:
+        name: What it was built with.
+        folder: Of a saved model, or of a graph.
+        expected: (n, k), embeddings that this project gives.
+        dtype: Of a graph's weights.
+        loss: Of 8 bits, as the export measured it, relative to an embedding's length.
+    """
+
+    name: str
+    folder: Path
+    expected: np.ndarray
+    dtype: Dtype = "float32"
+    loss: float = 0.0
 
 
 def plain(version: str, transformers: str) -> Stack:
@@ -93,6 +128,21 @@ def through(name: str, package: str, note: str = "") -> Stack:
     return Stack(name, package, "integrations", INTEGRATIONS, note)
 
 
+def graph(
+    name: str,
+    *requirements: str,
+    note: str,
+    runs: Callable[[Path, Path, Path, str], dict[str, Any]] | None = None,
+) -> Stack:
+    """A runtime of exported graphs."""
+    package = requirements[0].rpartition("==")[0] if "==" in requirements[0] else name
+    place = re.sub(r"[^\w.]+", "-", name.lower()).strip("-")
+    return Stack(name, package, place, requirements, note, graph=True, javascript=runs)
+
+
+#: What transformers.js does to texts that are too long.
+CUTS = "cuts long texts behind their prompt, so only shorter ones were compared there"
+
 STACKS = (
     plain("3.1.1", "4.45.2"),
     plain("4.1.0", "4.51.3"),
@@ -105,32 +155,25 @@ STACKS = (
     through("Chroma", "chromadb", "`SentenceTransformerEmbeddingFunction`, through a collection"),
     through("txtai", "txtai", '`Embeddings(method="sentence-transformers")`'),
     through("BERTopic", "bertopic", "`BERTopic(embedding_model=...)`"),
-    Stack(
-        "ONNX Runtime",
-        "onnxruntime",
-        "onnx",
-        # Optimum's exporter to ONNX stops at transformers 4.57; sentence-transformers 6 starts
-        # at 5.
-        (
-            "sentence-transformers==5.7.0",
-            "transformers==4.57.6",
-            "optimum-onnx[onnxruntime]==0.1.0",
-        ),
-        '`backend="onnx"`, exported as below',
-    ),
-    Stack(
+    graph("ONNX Runtime", "onnxruntime==1.32.0", "tokenizers==0.23.3", note="`InferenceSession`"),
+    graph("fastembed", "fastembed==0.9.1", note="`add_custom_model`, as docs/onnx.md has it"),
+    graph(
         "OpenVINO",
-        "openvino",
-        "openvino",
-        (
-            "sentence-transformers==6.2.0",
-            "transformers==5.5.4",
-            "optimum-intel[openvino]==2.2.0",
-        ),
-        '`backend="openvino"`, exported as below',
-        # Required, not used, and built for a torch with CUDA: beside one without, transformers
-        # cannot be imported.
-        ("torchvision",),
+        "openvino==2026.4.1",
+        "tokenizers==0.23.3",
+        note='`INFERENCE_PRECISION_HINT: "f32"`: by default a CPU that can computes in 16 bits',
+    ),
+    graph(
+        "transformers.js (Node)",
+        javascript.TRANSFORMERS_JS,
+        note=f"`AutoModel`; {CUTS}",
+        runs=javascript.in_node,
+    ),
+    graph(
+        "transformers.js (Chromium)",
+        javascript.TRANSFORMERS_JS,
+        note=f"WebAssembly, from a page of static files; {CUTS}",
+        runs=javascript.in_browser,
     ),
 )
 
@@ -149,6 +192,7 @@ class Outcome:
     difference: float | None
     normalizes: bool
     problem: str | None
+    loss: float | None = None
 
 
 def main() -> int:
@@ -162,55 +206,100 @@ def main() -> int:
     stacks = [stack for stack in STACKS if arguments.only is None or stack.name in arguments.only]
     kept = PAGE.read_text(encoding="utf-8") if arguments.only else ""
     with tempfile.TemporaryDirectory() as temporary:
-        folders, expected = build(Path(temporary))
+        folders = build(Path(temporary))
+        graphs = export(Path(temporary)) if any(stack.graph for stack in stacks) else []
         for i, stack in enumerate(stacks):
             environment = arguments.environments.absolute() / stack.environment
-            outcomes.append(run(stack, environment, folders, expected))
+            outcomes.append(run(stack, environment, graphs if stack.graph else folders))
             last = all(later.environment != stack.environment for later in stacks[i + 1 :])
             if arguments.remove and last:
                 shutil.rmtree(environment, ignore_errors=True)
             print(json.dumps(line(outcomes[-1])), flush=True)
-        served = [by_rule(name, version, rule, folders) for name, version, rule in SERVERS]
+        saved = {case.name: case.folder for case in folders}
+        served = [by_rule(name, version, rule, saved) for name, version, rule in SERVERS]
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(outcomes, served, kept), encoding="utf-8")
     print(f"Wrote {PAGE.relative_to(ROOT)}")
     return int(any(outcome.problem for outcome in outcomes) or any(p for *_, p in served))
 
 
-def build(place: Path) -> tuple[dict[str, Path], dict[str, np.ndarray]]:
+def build(place: Path) -> list[Case]:
     """Saves the folders and encodes the texts with them, as this project does."""
-    (place / "texts.json").write_text(json.dumps(TEXTS))
-    folders, expected = {}, {}
+    cases = []
     for i, (name, (options, _)) in enumerate(FOLDERS.items()):
-        model = st_embfilter.from_causal_lm(
-            DEMO_LM, device="cpu", show_progress_bar=False, **options
-        )
-        folders[name] = st_embfilter.save_pretrained(model, place / f"model-{i}")
-        ours = st_embfilter.load(folders[name], device="cpu")
-        expected[name] = ours.encode(TEXTS).astype(np.float64)
-    return folders, expected
+        folder = st_embfilter.save_pretrained(model(options), place / f"model-{i}")
+        ours = st_embfilter.load(folder, device="cpu")
+        cases.append(Case(name, folder, ours.encode(TEXTS).astype(np.float64)))
+    return cases
 
 
-def run(
-    stack: Stack, environment: Path, folders: dict[str, Path], expected: dict[str, np.ndarray]
-) -> Outcome:
+def export(place: Path) -> list[Case]:
+    """Exports the graphs and encodes the texts in torch."""
+    cases = []
+    for i, (name, (options, dtype)) in enumerate(GRAPHS.items()):
+        ours = model(options | {"dtype": "float32"})
+        folder = place / f"graph-{i}"
+        made = st_embfilter.export_onnx(ours, folder, dtype=dtype)
+        expected = ours.encode(TEXTS).astype(np.float64)
+        cases.append(Case(name, folder, expected, dtype, made.difference))
+    return cases
+
+
+def model(options: dict[str, Any]) -> SentenceTransformer:
+    """The bundled language model with these options."""
+    return st_embfilter.from_causal_lm(DEMO_LM, device="cpu", show_progress_bar=False, **options)
+
+
+def run(stack: Stack, environment: Path, cases: list[Case]) -> Outcome:
     """Installs what a stack needs, runs its check on every folder, compares."""
+    worst, loss, normalizes, versions = 0.0, None, False, {}
+    problem = None
     try:
-        python = prepare(environment, stack.requirements, stack.without)
-        worst, normalizes, versions = 0.0, False, {}
-        for name, folder in folders.items():
-            output = folder.parent / "embeddings.npz"
-            texts = folder.parent / "texts.json"
-            command = [python, "-I", CHECK, stack.name, stack.package, folder, texts, output]
-            versions = json.loads(call(command, cwd=folder.parent).splitlines()[-1])["versions"]
-            with np.load(output) as parts:
-                for part in parts.values():
-                    error, unit = difference(part, expected[name])
+        for case in cases:
+            if stack.name == "OpenVINO" and case.dtype != "float32":
+                continue
+            expected, texts = case.expected, TEXTS
+            if stack.javascript and "prompt" in GRAPHS[case.name][0]:
+                expected, texts = expected[:-1], texts[:-1]
+            parts, versions = embed(stack, environment, case, texts)
+            for part in parts.values():
+                if case.dtype == "float32":
+                    error, unit = difference(part, expected)
                     worst, normalizes = max(worst, error), normalizes or unit
+                else:
+                    loss = max(loss or 0.0, relative(part, expected))
+            # Other texts than those of the export: as much again.
+            if case.dtype != "float32" and (loss or 0.0) > 2 * case.loss:
+                problem = f"8 bits lose {loss:.1e}, at the export {case.loss:.1e}"
     except (RuntimeError, ValueError) as error:
         return Outcome(stack, {}, None, False, str(error))
-    problem = None if worst <= TOLERANCE else f"differs by {worst:.1e}"
-    return Outcome(stack, versions, worst, normalizes, problem)
+    if worst > TOLERANCE:
+        problem = f"differs by {worst:.1e}"
+    return Outcome(stack, versions, worst, normalizes, problem, loss)
+
+
+def embed(
+    stack: Stack, environment: Path, case: Case, texts: list[str]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Embeddings by the way they were asked for, and versions of packages."""
+    place = case.folder.parent
+    (place / "texts.json").write_text(json.dumps(texts))
+    if stack.javascript is not None:
+        found = stack.javascript(environment, case.folder, place / "texts.json", DTYPES[case.dtype])
+        parts = {name: np.array(rows) for name, rows in found["arrays"].items()}
+        return parts, {stack.package: found["version"]}
+    python = prepare(environment, stack.requirements, stack.without)
+    output = place / "embeddings.npz"
+    words = (stack.name, stack.package, case.folder, place / "texts.json", output)
+    said = call([python, "-I", CHECK, *words], cwd=place).splitlines()[-1]
+    with np.load(output) as parts:
+        return dict(parts), json.loads(said)["versions"]
+
+
+def relative(theirs: np.ndarray, ours: np.ndarray) -> float:
+    """Largest difference relative to an embedding's length."""
+    gap = np.linalg.norm(theirs - ours, axis=1) / np.linalg.norm(ours, axis=1)
+    return float(gap.max())
 
 
 def difference(theirs: np.ndarray, ours: np.ndarray) -> tuple[float, bool]:
@@ -294,6 +383,7 @@ def line(outcome: Outcome) -> dict[str, Any]:
         "stack": outcome.stack.name,
         "versions": outcome.versions,
         "difference": outcome.difference,
+        "loss": outcome.loss,
         "problem": outcome.problem,
     }
 
@@ -322,11 +412,17 @@ def page(outcomes: list[Outcome], served: list[tuple[str, str, str | None]], kep
         result = "same embeddings" if outcome.problem is None else f"**no**: {outcome.problem}"
         if outcome.normalizes and outcome.problem is None:
             result = "same cosines (it scales to unit length)"
+        if outcome.loss is not None and outcome.problem is None:
+            result += f"; 8 bits: {outcome.loss:.1%} of their length"
         gap = "" if outcome.difference is None else f"{outcome.difference:.1g}"
-        base = versions.get("sentence-transformers", "")
-        with_ = f"transformers {versions.get('transformers', wanted.get('transformers', ''))}"
-        if stack.package != "sentence-transformers":
-            with_ = f"sentence-transformers {base}, {with_}"
+        beside = ("sentence-transformers", "transformers", "onnxruntime", "tokenizers")
+        with_ = ", ".join(
+            f"{name} {versions.get(name) or wanted[name]}"
+            for name in beside
+            if name != stack.package
+            and (name in versions or name in wanted)
+            and not (name == "tokenizers" and "transformers" in versions)
+        )
         rows.append(f"| {stack.name} {own} | {with_} | {stack.note} | {gap} | {result} |")
     checked = [
         f"| {name} {version} | "
@@ -348,25 +444,12 @@ every entry.
 
 All with torch {torch} on a CPU.
 
-## ONNX and OpenVINO
+## Graphs
 
-`SentenceTransformer(folder, backend="onnx")` and `backend="openvino"` run the backbone there;
-pooling and filter stay in torch. What they export by themselves does not work for a decoder: the
-exporters of optimum make `position_ids` an input of the graph, and sentence-transformers gives
-none. ONNX Runtime then says `Input position_ids is required by model but not provided`; OpenVINO
-fails or, without a word, gives NaN.
-Export without that input first, once, into the folder, and load it as usual:
-
-```shell
-python compat/export.py onnx FOLDER  # or openvino
-```
-
-OpenVINO computes in 16 bits on a CPU that can, unless it is told otherwise, as it was here:
-`model_kwargs={{"ov_config": {{"INFERENCE_PRECISION_HINT": "f32"}}}}`.
-
-Optimum-onnx 0.1.0 needs transformers below 4.58 and sentence-transformers 6 needs 5 or newer, so
-they cannot be installed together; sentence-transformers 5.7.0 works with both. In the environment
-of OpenVINO torchvision must fit the build of torch, or be uninstalled.
+ONNX Runtime and all below it ran what `export_onnx` writes ([onnx.md](onnx.md)), also a static
+model, each text alone and all together, and a graph with weights in 8 bits.
+`SentenceTransformer(folder, backend="onnx")` does not read it: it wants the hidden states of a
+backbone, where this graph gives the embedding.
 
 ## 16-bit backbones
 
