@@ -18,9 +18,10 @@ from pathlib import Path
 import st_embfilter
 from examples import models
 from st_embfilter import PromptEOL
-from st_embfilter.saved.card import CardFacts, Score, card_of_folder, render
+from st_embfilter.saved.card import card_of_folder, render
+from st_embfilter.saved.card_facts import CardFacts
 from st_embfilter.saved.layout import RESULTS_FILE
-from st_embfilter.saved.results import read_results, write_results
+from st_embfilter.saved.results import Result, read_results, write_results
 
 FOLDER = Path(__file__).parent
 DEMO_LM = FOLDER.parent / "examples" / "openstax-lm"
@@ -58,10 +59,10 @@ EOL = 'Summarize the sentence: "{text}" in one word:"'
 MISTRAL_EOL = 'This sentence: "{text}" means [MASK]'
 
 
-def reported(band: str, *rows: tuple[str, int, str]) -> tuple[Score, ...]:
+def reported(band: str, *rows: tuple[str, int, str]) -> tuple[Result, ...]:
     """Rows of the paper's table as scores."""
     return tuple(
-        Score(
+        Result(
             task="MTEB English",
             dataset=dataset,
             split="test",

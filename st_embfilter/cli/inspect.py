@@ -74,7 +74,7 @@ def _pipeline_rows(model: str) -> dict[str, str]:
     """What happens around the filter; nothing for a filter alone."""
     from st_embfilter.model.find import find_filter
     from st_embfilter.model.metadata import METADATA_FILE
-    from st_embfilter.saved.card import facts_of_files
+    from st_embfilter.saved.card_facts import facts_of_files
     from st_embfilter.unembedding.source import Source
 
     source = Source(model)

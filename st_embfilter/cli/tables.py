@@ -50,7 +50,7 @@ def _against_raw(row: Result) -> tuple[str, str, str]:
     between = ""
     if row.delta_low is not None and row.delta_high is not None:
         between = f"{100 * row.delta_low:+.2f} to {100 * row.delta_high:+.2f}"
-    return f"{100 * row.delta:+.2f}", between, row.verdict
+    return f"{100 * (row.delta or 0.0):+.2f}", between, row.verdict
 
 
 def print_search(found: WindowSearch, model: str) -> None:

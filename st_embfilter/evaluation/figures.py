@@ -93,7 +93,7 @@ def window_figure(rows: Sequence[Result]) -> Figure:
     count = np.zeros_like(total)
     for row in found:
         cell = widths.index(row.dims), offsets.index(int(row.configuration.partition(":")[2]))
-        total[cell] += 100 * row.delta
+        total[cell] += 100 * (row.delta or 0.0)
         count[cell] += 1
     values = np.ma.masked_array(total / np.maximum(count, 1), count == 0)
     figure, (axes,) = new_figure(7.5, 4.8)
@@ -186,7 +186,7 @@ def _line(axes: Any, points: Sequence[Result], name: str, number: int) -> None:
     )
     if main and all(row.delta_low is not None and row.delta_high is not None for row in points):
         low, high = (
-            [100 * (row.score - row.delta + (getattr(row, side) or 0.0)) for row in points]
+            [100 * (row.score - (row.delta or 0.0) + (getattr(row, side) or 0.0)) for row in points]
             for side in ("delta_low", "delta_high")
         )
         axes.fill_between(dims, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -63,7 +63,7 @@ class WindowSearch:
         wanted = str(self.band) if name is None else name
         depth = max((row.layers or 0 for row in rows), default=0) if whole else self.layers
         gains = [
-            row.delta
+            row.delta or 0.0
             for row in rows
             if (row.configuration, row.dims, row.layers) == (wanted, self.band.keep, depth)
         ]

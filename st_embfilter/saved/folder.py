@@ -42,11 +42,8 @@ from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.prompts import Recipe, recipe_from_dict
 from st_embfilter.model.static import static_metadata
 from st_embfilter.model.tokenizer import write_tokenizer
-from st_embfilter.saved.card import (
-    base_card,
-    facts_of_files,
-    render,
-)
+from st_embfilter.saved.card import base_card, render
+from st_embfilter.saved.card_facts import facts_of_files
 from st_embfilter.saved.cast import cast_weights, other_dtype, state_dtype
 from st_embfilter.saved.layout import (
     CARD_FILE,

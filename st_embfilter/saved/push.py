@@ -21,7 +21,8 @@ from st_embfilter.model.backbone import backbone_files
 from st_embfilter.model.layer import EmbedFilterLayer, filter_card
 from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
-from st_embfilter.saved.card import card_of_folder, check_card
+from st_embfilter.saved.card import card_of_folder
+from st_embfilter.saved.card_rules import check_card
 from st_embfilter.saved.folder import write_model
 from st_embfilter.saved.layout import CARD_FILE, FILTER_FILES, PORTABLE_FILES
 from st_embfilter.saved.static import STATIC_FILES, STATIC_FOLDER, check_table, is_static

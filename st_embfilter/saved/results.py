@@ -6,12 +6,12 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
-from st_embfilter.errors import DataError
+from st_embfilter.errors import DataError, EmbedFilterError
 from st_embfilter.files.staging import replace_file
 from st_embfilter.text import read_json
 
@@ -19,11 +19,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
+def _kinds(annotation: str) -> tuple[type, ...]:
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "bool": (bool,)}
+    return kinds.get(annotation.removesuffix(" | None"), (int, float))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """One score: a configuration on a task. Its fields are the keys of `results.jsonl`.
 
-    Scores are as MTEB gives them: correlations in [-1, 1], all others in [0, 1].
+    Scores are as MTEB gives them: correlations in [-1, 1], all others in [0, 1]. Those of a paper
+    have a `source` and not much else; what was measured here has all but that.
 
     Attributes:
         task: Name of the task.
@@ -56,38 +62,62 @@ class Result:
         measured_by: Whose code computed the score, with its version.
         command: The command line that gave this row, if it was one.
         layers: Number of blocks that were run, in a sweep over depth; None for all of them.
+        source: Who reports the score; None if it was measured with this project.
     """
 
     task: str
-    task_type: str
+    task_type: str = ""
     dataset: str
-    revision: str | None
+    revision: str | None = None
     split: str
     metric: str
     configuration: str
     dims: int
-    full_dims: int
-    start: int | None
-    needs_data: bool
-    fitted_on: str | None
+    full_dims: int = 0
+    start: int | None = None
+    needs_data: bool = False
+    fitted_on: str | None = None
     score: float
-    low: float | None
-    high: float | None
-    delta: float
-    delta_low: float | None
-    delta_high: float | None
-    std: float | None
-    level: float
-    resamples: int
-    units: int
-    model: str | None
-    prompt: str | None
-    pooling: str | None
-    normalize: bool
-    max_seq_length: int | None
-    measured_by: str
+    low: float | None = None
+    high: float | None = None
+    delta: float | None = None
+    delta_low: float | None = None
+    delta_high: float | None = None
+    std: float | None = None
+    level: float = 0.95
+    resamples: int = 0
+    units: int = 0
+    model: str | None = None
+    prompt: str | None = None
+    pooling: str | None = None
+    normalize: bool = False
+    max_seq_length: int | None = None
+    measured_by: str = ""
     command: str | None = None
     layers: int | None = None
+    source: str | None = None
+
+    @classmethod
+    def parse(cls, row: Mapping[str, Any], where: str, error: type[EmbedFilterError]) -> Result:
+        """A row from its JSON object; unknown keys are left out.
+
+        Raises:
+            EmbedFilterError: Of the class `error`, if a key is missing or of the wrong kind; names
+                `where`.
+        """
+        values: dict[str, Any] = {}
+        for name, kinds, required in _KEYS:
+            value = row.get(name)
+            if value is None and not required:
+                continue
+            if not isinstance(value, kinds) or (type(value) is bool and bool not in kinds):
+                raise error(f"{where}: a result needs a valid {name!r}, got {value!r}")
+            values[name] = value
+        if not -1.0 <= values["score"] <= 1.0:
+            raise error(
+                f"{where}: a score must be in [-1, 1], got {values['score']!r}; cards show it x 100"
+            )
+        return cls(**values)
 
     @property
     def verdict(self) -> str:
@@ -98,45 +128,69 @@ class Result:
 
     def to_json(self) -> str:
         """One line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its values by name; `source` only where there is one."""
+        values = asdict(self)
+        if self.source is None:
+            del values["source"]
+        return values
+
+
+#: Every key, the types of its values, and whether a row must have it.
+_KEYS: Final = tuple(
+    (field.name, _kinds(str(field.type)), field.default is MISSING) for field in fields(Result)
+)
 
 
 def write_results(rows: Iterable[Result], file: str | os.PathLike[str]) -> None:
     """Writes JSON Lines, or CSV if the name ends in .csv; the file is replaced at once."""
     stream = io.StringIO()
     if Path(file).suffix == ".csv":
-        writer = csv.DictWriter(stream, [field.name for field in fields(Result)])
+        writer = csv.DictWriter(stream, [f.name for f in fields(Result) if f.name != "source"])
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(row.to_dict() for row in rows)
     else:
         stream.writelines(f"{row.to_json()}\n" for row in rows)
     replace_file(file, stream.getvalue().encode())
 
 
 def read_results(file: str | os.PathLike[str]) -> list[Result]:
-    """Reads JSON Lines that `write_results` wrote; unknown keys are left out.
+    """Reads JSON Lines that `write_results` wrote.
 
     Raises:
         DataError: Names the file and the line.
     """
     path = Path(file)
-    names = {field.name for field in fields(Result)}
-    rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"the results must be readable, got {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            record = read_json(line, f"{path}, line {number}:", DataError)
-            rows.append(Result(**{key: record[key] for key in record if key in names}))
-        except TypeError as error:
-            raise DataError(f"{path}, line {number}: must be a result row, got {error}") from error
-    return rows
+    return list(parse_results(text, str(path), DataError))
+
+
+def parse_results(text: str, name: str, error: type[EmbedFilterError]) -> tuple[Result, ...]:
+    """Rows from JSON Lines.
+
+    Args:
+        text: Content of the file; empty lines are left out.
+        name: Name of the file, for errors.
+        error: Class of the errors.
+
+    Raises:
+        EmbedFilterError: Of that class; names the line.
+    """
+    lines = [(f"{name} line {i}", line) for i, line in enumerate(text.splitlines(), 1)]
+    return tuple(
+        Result.parse(read_json(line, f"{where}:", error), where, error)
+        for where, line in lines
+        if line.strip()
+    )
 
 
 def results_frame(rows: Sequence[Result]) -> pd.DataFrame:
     """The rows as a pandas table."""
     import pandas as pd
 
-    return pd.DataFrame([asdict(row) for row in rows])
+    return pd.DataFrame([row.to_dict() for row in rows])

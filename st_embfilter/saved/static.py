@@ -19,7 +19,8 @@ from st_embfilter.files.writer import RawTensor, write_safetensors
 from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.static import static_metadata
-from st_embfilter.saved.card import base_card, facts_of_files, render
+from st_embfilter.saved.card import base_card, render
+from st_embfilter.saved.card_facts import facts_of_files
 from st_embfilter.saved.layout import CARD_FILE
 from st_embfilter.text import json_text
 

@@ -25,7 +25,7 @@ from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.sampling import sample_texts
 from st_embfilter.saved import checks, layout
-from st_embfilter.saved.card import check_card, stated_base
+from st_embfilter.saved.card_rules import check_card, stated_base
 from st_embfilter.saved.load import load, read_saved
 from st_embfilter.saved.runtimes import older_layout
 from st_embfilter.saved.static import STATIC_FOLDER, check_table

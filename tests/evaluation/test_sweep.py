@@ -436,7 +436,7 @@ def test_rows_survive_their_files(tmp_path: Path) -> None:
     frame = results_frame(found)
     assert frame.set_index("configuration").loc["bulk", "delta"] == found[1].delta
     (tmp_path / "bad.jsonl").write_text(lines[0] + '\n{"task": "x"}\n')
-    with pytest.raises(DataError, match=r"bad.jsonl, line 2: must be a result row"):
+    with pytest.raises(DataError, match=r"bad.jsonl line 2: a result needs a valid 'dataset'"):
         read_results(tmp_path / "bad.jsonl")
 
 

@@ -33,7 +33,8 @@ from st_embfilter.lens.report import (
     study,
 )
 from st_embfilter.model.layer import filter_of
-from st_embfilter.saved.card import card_of_folder, check_card
+from st_embfilter.saved.card import card_of_folder
+from st_embfilter.saved.card_rules import check_card
 from st_embfilter.spectrum.band import Band
 from st_embfilter.unembedding.matrix import Unembedding, unembedding_of_tensor
 from tests.conftest import DEMO_LM, MakeLM

@@ -18,22 +18,26 @@ from model_cards.render import PAPER_MODELS, cards
 from st_embfilter import MetaEOL, PromptEOL
 from st_embfilter.cli.app import app
 from st_embfilter.errors import FormatError
-from st_embfilter.saved.card import (
-    CardFacts,
-    Score,
-    base_card,
-    card_of_folder,
-    check_card,
-    inherited,
-    read_results,
-    render,
-    write_card,
-)
+from st_embfilter.saved.card import base_card, card_of_folder, render, write_card
+from st_embfilter.saved.card_facts import CardFacts
+from st_embfilter.saved.card_rules import check_card, inherited
 from st_embfilter.saved.folder import portable_files
+from st_embfilter.saved.results import Result, parse_results
 from st_embfilter.spectrum.whitening import Calibration
 from tests.conftest import DEMO_LM, MakeLM, same
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def score(*values: object, **others: Any) -> Result:
+    names = ("task", "dataset", "split", "metric", "dims", "score", "configuration")
+    intervals = ("delta", "delta_low", "delta_high")
+    return Result(**dict(zip((*names, *intervals), values, strict=False)), **others)
+
+
+def rows_of(text: str) -> tuple[Result, ...]:
+    return parse_results(text, "results.jsonl", FormatError)
+
 
 BASE = """---
 license: other
@@ -64,15 +68,15 @@ FACTS = CardFacts(
     form="plugin",
     inherited=inherited(BASE),
     results=(
-        Score("STS12", "STS 12", "test", "cosine_spearman", 64, 0.5, "raw"),
-        Score(
+        score("STS12", "STS 12", "test", "cosine_spearman", 64, 0.5, "raw"),
+        score(
             "STS12", "STS 12", "test", "cosine_spearman", 32, 0.6251, "offset:8", 0.1251, 0.1, 0.15
         ),
-        Score("STS12", "STS 12", "test", "cosine_spearman", 16, 0.45, "offset:8", -0.05),
-        Score("STS12", "STS 12", "test", "cosine_spearman", 48, 0.99, "offset:8"),
-        Score("STS12", "STS 12", "test", "cosine_spearman", 32, 0.99, "whiten"),
-        Score("Banking", "Banking", "test", "accuracy", 32, 0.7, "offset:8", command="measure it"),
-        Score("Other", "Other", "dev", "ap", 32, 0.1, "offset:8", source="a paper"),
+        score("STS12", "STS 12", "test", "cosine_spearman", 16, 0.45, "offset:8", -0.05),
+        score("STS12", "STS 12", "test", "cosine_spearman", 48, 0.99, "offset:8"),
+        score("STS12", "STS 12", "test", "cosine_spearman", 32, 0.99, "whiten"),
+        score("Banking", "Banking", "test", "accuracy", 32, 0.7, "offset:8", command="measure it"),
+        score("Other", "Other", "dev", "ap", 32, 0.1, "offset:8", source="a paper"),
     ),
 )
 
@@ -124,7 +128,7 @@ def test_metadata_and_table_give_the_same_figures() -> None:
 
 
 def test_long_tables_are_cut_into_parts() -> None:
-    scores = [Score("T", f"set {i}", "test", "ap", 32, i / 100, "offset:8") for i in range(19)]
+    scores = [score("T", f"set {i}", "test", "ap", 32, i / 100, "offset:8") for i in range(19)]
     text = render(replace(FACTS, results=tuple(scores)))
     heads = [line for line in text.splitlines() if line.startswith("| | dimensions")]
     assert [head.count("set ") for head in heads] == [8, 8, 3]
@@ -355,9 +359,9 @@ ROW = {
 )
 def test_malformed_results_name_their_line(line: str, message: str) -> None:
     good = json.dumps({**ROW, "units": 7, "delta": None})
-    assert read_results(f"{good}\n\n")[0].score == 0.5
+    assert rows_of(f"{good}\n\n")[0].score == 0.5
     with pytest.raises(FormatError, match=re.escape(message)):
-        read_results(f"{good}\n{line}\n")
+        rows_of(f"{good}\n{line}\n")
 
 
 # The command -------------------------------------------------------------------------------------
@@ -470,7 +474,7 @@ def test_names_of_strangers_cannot_break_the_card(tmp_path: Path) -> None:
         evil, 8, 4, "bulk", 2, 0.5, on_hub=False, tensor=evil, sha256="0" * 64, revision=evil
     )
     row = {**ROW, "dataset": evil, "split": evil, "metric": evil, "command": f"a '{evil}'\n```"}
-    text = render(replace(facts, results=read_results(json.dumps(row))))
+    text = render(replace(facts, results=rows_of(json.dumps(row))))
     body = text.split("---\n", 2)[2]
     assert "\n# Owned" not in body
     assert "\x1b" not in body

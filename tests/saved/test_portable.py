@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 import st_embfilter
 from compat import rules, run
-from st_embfilter.saved.card import check_card
+from st_embfilter.saved.card_rules import check_card
 from st_embfilter.saved.folder import portable_files
 from tests.conftest import DEMO_LM
 
