@@ -186,7 +186,7 @@ class _Worker:
             place = Position(**json.loads(start))
             rows = Rows(settings.inputs, text=settings.text, id=settings.id, start=place)
             found = iter(rows)
-            while rows.position.number < number * settings.shard_rows:
+            while rows.number < number * settings.shard_rows:
                 next(found)
             try:
                 shard = encode_shard(

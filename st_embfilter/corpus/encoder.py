@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.util import quantize_embeddings
 
 from st_embfilter.corpus.shard import Precision, Settings, Vectors
@@ -25,6 +26,9 @@ from st_embfilter.unembedding.source import Source
 
 #: Batches that a process of a pool gets at a time.
 _POOL_BATCHES: Final = 8
+
+#: Smallest batch of a table of static vectors, which pads nothing: the same vectors, sooner.
+_STATIC_BATCH: Final = 1024
 
 
 def open_model(source: Source, device: str | None = None) -> SentenceTransformer:
@@ -84,6 +88,8 @@ class Encoder:
         self.model, self.settings, self._devices = model, settings, devices
         self._pool: Any = None
         self.longest = longest_text(model)
+        static = isinstance(next(model.children(), None), StaticEmbedding)
+        self._batch = max(settings.batch_size, _STATIC_BATCH if static else 1)
 
     @contextmanager
     def started(self) -> Iterator[Encoder]:
@@ -102,19 +108,19 @@ class Encoder:
     def __call__(self, texts: list[str]) -> dict[int, NDArray[np.float32]]:
         """Vectors of each width, (n, width)."""
         options: dict[str, Any] = {}
-        order = np.arange(len(texts))
+        order = None
         if self._pool is not None:
             # A pool sorts within a chunk only.
             order = np.argsort([-len(text) for text in texts], kind="stable")
             texts = [texts[i] for i in order]
-            size = self.settings.batch_size * _POOL_BATCHES
+            size = self._batch * _POOL_BATCHES
             options = {"pool": self._pool, "chunk_size": size}
         encode = self.model.encode_query if self.settings.queries else self.model.encode_document
         widest = self.settings.dims[0]
         try:
             found = encode(
                 texts,
-                batch_size=self.settings.batch_size,
+                batch_size=self._batch,
                 truncate_dim=widest,
                 convert_to_numpy=True,
                 show_progress_bar=False,
@@ -125,8 +131,9 @@ class Encoder:
             raise WorkerError(
                 f"encoding stopped: {reason:.200}; if memory is short, a smaller batch size helps"
             ) from error
-        vectors = np.empty((len(texts), widest), np.float32)
-        vectors[order] = np.asarray(found, np.float32).reshape(len(texts), -1)
+        vectors = np.asarray(found, np.float32).reshape(len(texts), -1)
+        if order is not None:
+            vectors = vectors[np.argsort(order)]
         result = {width: vectors[:, :width] for width in self.settings.dims}
         if self.settings.normalize:
             for width, prefix in result.items():

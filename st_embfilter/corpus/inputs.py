@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import IO, Any, Final, Literal, NamedTuple
 
 from st_embfilter.corpus.columns import column_at, find_column, strings_of
@@ -151,6 +151,7 @@ class Rows:
         start: Where to begin.
 
     Attributes:
+        number: Rows before the next, over all inputs.
         position: Behind the last row given.
         consumed: Bytes of the inputs that were read, as stored.
     """
@@ -164,36 +165,42 @@ class Rows:
         start: Position = Position(),
     ) -> None:
         self._inputs, self._text, self._id = inputs, text, id
-        self.position = start
+        self.number, self._file = start.number, start.file
+        self._place, self._byte = start.row, start.byte
         self.consumed = sum(item.size for item in inputs[: start.file])
 
+    @property
+    def position(self) -> Position:
+        """Behind the last row given."""
+        return Position(self.number, self._file, self._place, self._byte)
+
     def __iter__(self) -> Iterator[Row]:
-        while self.position.file < len(self._inputs):
-            file = self._inputs[self.position.file]
+        while self._file < len(self._inputs):
+            file = self._inputs[self._file]
             before = self.consumed
             with _reading(file):
                 yield from (self._parquet if file.format == "parquet" else self._lines)(file)
             self.consumed = before + file.size
-            self.position = Position(self.position.number, self.position.file + 1)
+            self._file, self._place, self._byte = self._file + 1, 0, 0
 
     def _row(self, value: object, key: object, reason: str = "") -> Row:
         """Checks what a row holds; moves on by one."""
-        here = self.position
-        where = (here.number, here.file, here.row)
+        number, file, place = self.number, self._file, self._place
+        self.number, self._place = number + 1, place + 1
         if reason == BLANK:
-            return Row(*where, None, None)
+            return Row(number, file, place, None, None)
         if not reason:
             if not isinstance(value, str):
                 reason = "null" if value is None else f"not a string but {type(value).__name__}"
             elif not value.isascii() and not _encodes(value):
                 reason = "broken UTF-8"
         if self._id is None:
-            key = here.number
+            key = number
         elif not reason and (not isinstance(key, str | int) or isinstance(key, bool)):
             reason = f"an id must be a string or an integer, got {type(key).__name__}"
         if reason or not isinstance(value, str) or not isinstance(key, str | int):
-            return Row(*where, None, None, reason)
-        return Row(*where, key, value)
+            return Row(number, file, place, None, None, reason)
+        return Row(number, file, place, key, value)
 
     def _parquet(self, file: Input) -> Iterator[Row]:
         import pyarrow.parquet as pq
@@ -204,7 +211,7 @@ class Rows:
             before, first = self.consumed, 0
             for group in range(table.num_row_groups):
                 size = table.metadata.row_group(group)
-                skip = self.position.row - first
+                skip = self._place - first
                 first += size.num_rows
                 if skip >= size.num_rows:
                     continue
@@ -228,23 +235,19 @@ class Rows:
                         reason = "broken UTF-8" if isinstance(pair[0], bytes) else ""
                         if isinstance(key, bytes):
                             reason = "broken UTF-8 in the id"
-                        row = self._row(pair[0], key, reason)
-                        self.position = replace(
-                            self.position, number=row.number + 1, row=self.position.row + 1
-                        )
-                        yield row
+                        yield self._row(pair[0], key, reason)
                     skip = 0
-                    done = self.position.row / max(table.metadata.num_rows, 1)
+                    done = self._place / max(table.metadata.num_rows, 1)
                     self.consumed = before + int(file.size * done)
 
     def _lines(self, file: Input) -> Iterator[Row]:
         seekable = file.codec is None and file.format in ("jsonl", "text")
         before = self.consumed
         with open_input(file) as raw, _decompressed(raw, file.codec) as stream:
-            byte = self.position.byte if seekable else 0
+            byte = self._byte if seekable else 0
             if byte:
                 stream.seek(byte)
-            skip = 0 if byte else self.position.row
+            skip = 0 if byte else self._place
             records = records_of(
                 file.url, file.format, split_lines(stream), byte == 0, self._text, self._id
             )
@@ -253,10 +256,8 @@ class Rows:
                 if count < skip:
                     continue
                 row = self._row(value, key, reason)
-                old = self.position
-                self.position = Position(
-                    old.number + 1, old.file, old.row + 1, byte if seekable else 0
-                )
+                if seekable:
+                    self._byte = byte
                 if count % 1024 == 0:
                     self.consumed = before + raw.tell()
                 yield row

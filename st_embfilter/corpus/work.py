@@ -30,14 +30,15 @@ def windows(
     """Rows before number `end`, in groups whose bounds hang on nothing but where they begin."""
     window: list[Row] = []
     characters = texts = 0
-    while rows.position.number < end:
+    while rows.number < end:
         row = next(source, None)
         if row is None:
             break
         if row.text is not None:
-            kept = row.text[:longest]
-            row = row._replace(text=kept)
-            texts, characters = texts + 1, characters + len(kept)
+            length = len(row.text)
+            if longest is not None and length > longest:
+                row, length = row._replace(text=row.text[:longest]), longest
+            texts, characters = texts + 1, characters + length
         elif not row.reason:
             continue
         window.append(row)
@@ -106,7 +107,7 @@ def encode_shard(
             settings.precision,
             ranges,
         )
-        if number and rows.position.number == writer.start.number:
+        if number and rows.number == writer.start.number:
             return None
         return writer.close(rows.position, like)
     except BaseException:

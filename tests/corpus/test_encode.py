@@ -374,3 +374,25 @@ def test_command_line(model: SentenceTransformer, source: Path, tmp_path: Path) 
     assert _workers("3") == (3, 3)
     assert _workers("1-8") == (1, 8)
     assert "workers must be a number" in text(cli(*command, "--workers", "8-1"))
+
+
+def test_static_models_get_large_batches_with_the_same_vectors(
+    make_lm: MakeLM, tmp_path: Path
+) -> None:
+    folder, _ = make_lm()
+    static = st_embfilter.from_causal_lm(folder, layers=0, device="cpu", show_progress_bar=False)
+    (tmp_path / "a.txt").write_text("\n".join(ROWS) + "\n")
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = static.encode_document
+
+        def spy(texts: list[str], **options: Any) -> Any:
+            seen.append(options["batch_size"])
+            return real(texts, **options)
+
+        patch.setattr(static, "encode_document", spy)
+        done = st_embfilter.encode_corpus(
+            static, [tmp_path / "a.txt"], tmp_path / "out", batch_size=2, show_progress_bar=False
+        )
+    assert min(seen) > len(ROWS)
+    assert (vectors(done.path) == static.encode(ROWS, batch_size=2)).all()
