@@ -1,6 +1,6 @@
 // Embeds, continues and scores texts with llama.cpp: node llama_cpp.mjs MODEL INPUT OUTPUT
-// INPUT: {"embed": [text], "continue": [text], "score": [text]}; node-llama-cpp is found from the
-// folder that the script is run in. Pooling is what the file says.
+// INPUT: {"embed": [text], "continue": [text], "score": [text], "cache": "F16" or "F32"};
+// node-llama-cpp is found from the folder that the script is run in. Pooling is what the file says.
 import {createRequire} from "node:module";
 import {readFileSync, writeFileSync} from "node:fs";
 import {pathToFileURL} from "node:url";
@@ -10,7 +10,12 @@ const {getLlama} = await import(pathToFileURL(found));
 const [modelPath, input, output] = process.argv.slice(2);
 const asked = JSON.parse(readFileSync(input, "utf8"));
 const llama = await getLlama({gpu: false, build: "never", logLevel: "error", maxThreads: Number(process.env.LLAMA_THREADS ?? 0)});
-const model = await llama.loadModel({modelPath, gpuLayers: 0});
+const precise = asked.cache === "F32" ? {
+    defaultContextFlashAttention: false,
+    experimentalDefaultContextKvCacheKeyType: "F32",
+    experimentalDefaultContextKvCacheValueType: "F32"
+} : {};
+const model = await llama.loadModel({modelPath, gpuLayers: 0, ...precise});
 const result = {release: llama.llamaCppRelease.release, embed: [], tokens: [], continue: [], score: []};
 
 if (asked.embed?.length) {

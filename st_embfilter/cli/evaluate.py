@@ -61,7 +61,10 @@ def evaluate(
         list[str] | None,
         _what(help="Ratio or number of dimensions; repeatable. (default: 1/2 1/4 1/8)"),
     ] = None,
-    band: Annotated[list[str] | None, _what(help="Band; repeatable. (default: bulk)")] = None,
+    band: Annotated[
+        list[str] | None,
+        _what(help="Band; repeatable. folded: of the norm's gain too. (default: bulk)"),
+    ] = None,
     baselines: Annotated[bool, _what(help="Compare with truncation, PCA, ...")] = True,
     fit_texts: Annotated[
         Path | None,
@@ -119,6 +122,7 @@ def evaluate(
     if dev and not search:
         raise typer.BadParameter("--dev belongs to --search")
     depths = None if layers is None else _depths(layers)
+    from st_embfilter.evaluation.baselines import FOLDED
     from st_embfilter.evaluation.sweep import raw_model, sweep
     from st_embfilter.files.staging import check_file
     from st_embfilter.saved.layout import RESULTS_FILE
@@ -133,6 +137,7 @@ def evaluate(
         max_seq_length=max_seq_length,
         device=device,
         trust_remote_code=trust_remote_code,
+        folded=any(name.partition(":")[0] == FOLDED for name in band or ()),
         show_progress_bar=not quiet,
     )
     if output is None and not search and raw.layer is not None and Path(model).is_dir():
@@ -230,13 +235,14 @@ def configurations(
         keeps: Ratios or numbers of dimensions, empty for the default.
         baselines: Whether everything else is measured too.
     """
-    from st_embfilter.evaluation.baselines import RATIOS, baseline_names, grid
+    from st_embfilter.evaluation.baselines import FOLDED, RATIOS, baseline_names, grid
 
     filters, widths = band or ["bulk"], keeps or list(RATIOS)
     if raw.layer is not None:
         metadata = raw.layer.metadata
         calibrated = [] if metadata.calibration is None else ["calibrated"]
-        filters = band or [*calibrated, str(metadata.band)]
+        own = str(metadata.band) if metadata.norm is None else f"{FOLDED}:{metadata.band}"
+        filters = band or [*calibrated, own.removesuffix(":bulk")]
         widths = keeps or [max(1, metadata.k // ratio) for ratio in (1, 2, 4)]
     compared = [name for name in baseline_names() if baselines and name not in filters]
     return grid([*filters, *compared], widths)

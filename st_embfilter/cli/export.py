@@ -35,6 +35,9 @@ def export(
         str | None,
         typer.Option("--type", help="f32; f16; q8_0 (GGUF); bf16 (--baked); int8 (ONNX)."),
     ] = None,
+    f32_blocks: Annotated[
+        int, typer.Option(help="First blocks of a GGUF file that stay f32 in any type.", min=0)
+    ] = 0,
     keep: Annotated[
         str | None, typer.Option(help="Width to record for a GGUF source: 0.5, 1/4, 448.")
     ] = None,
@@ -66,6 +69,8 @@ def export(
         raise typer.BadParameter(f"{', '.join(chosen)} must come with a GGUF source")
     if weights is not None and (from_file or gguf is None):
         raise typer.BadParameter("--weights must come with a filtered folder and --gguf")
+    if f32_blocks and gguf is None:
+        raise typer.BadParameter("--f32-blocks must come with --gguf")
     if trust_remote_code and onnx is None:
         raise typer.BadParameter("--trust-remote-code must come with --onnx")
     if onnx is not None:
@@ -76,7 +81,8 @@ def export(
     elif gguf is not None:
         from st_embfilter.saved.gguf_out import export_gguf
 
-        options = {"kind": kind or "f16", "overwrite": overwrite}
+        options: dict[str, Any] = {"kind": kind or "f16", "overwrite": overwrite}
+        options |= {"float32_blocks": f32_blocks}
         if from_file:
             width = None if keep is None else parse_keep(keep)
             options |= {"keep": width, "band": band or "bulk", "pooling": pooling or "mean"}

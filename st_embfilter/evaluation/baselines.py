@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ FITTED: Final = frozenset({"centre", "all-but-the-top", "pca", "whiten"})
 FULL_WIDTH: Final = frozenset({"raw", "centre", "all-but-the-top"})
 
 RATIOS: Final = (1 / 2, 1 / 4, 1 / 8)
+
+#: Before the name of a band: its directions are those of W_U diag(g), as in `norm="folded"`.
+FOLDED: Final = "folded"
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,26 @@ class Transform:
         return result
 
 
+class Folded(NamedTuple):
+    """What bands of a folded norm are made of.
+
+    Attributes:
+        spectrum: Of W_U diag(g).
+        gain: g, (d,) float64, of the norm before W_U.
+    """
+
+    spectrum: Spectrum
+    gain: Tensor
+
+
 @dataclass(frozen=True)
 class Configuration:
     """One row of a sweep.
 
     Attributes:
         name: A method of `METHODS`, or a band such as "bulk", "offset:128"; "random" stands for
-            the mean over `seeds`, "random:7" for one seed.
+            the mean over `seeds`, "random:7" for one seed. "folded", "folded:offset:128" are bands
+            of a folded norm.
         keep: Ratio of dimensions kept in (0, 1], or their number; None for methods of full width.
         seeds: Seeds of "random".
         order: Of "optimal", see `Band`; it is measured on a corpus.
@@ -90,7 +106,7 @@ class Configuration:
     order: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        family = self.name.partition(":")[0]
+        family = self._band.partition(":")[0]
         if self.name not in METHODS and family not in FAMILIES:
             raise BandError(
                 f"a configuration must be one of {', '.join([*METHODS, *FAMILIES])}, got "
@@ -105,6 +121,15 @@ class Configuration:
             self.bands()  # checks keep, and the name of a band
 
     @property
+    def folded(self) -> bool:
+        """Whether it is a band of W_U diag(g)."""
+        return self.name.partition(":")[0] == FOLDED
+
+    @property
+    def _band(self) -> str:
+        return self.name.partition(":")[2] or "bulk" if self.folded else self.name
+
+    @property
     def needs_data(self) -> bool:
         """Whether it was fitted on texts."""
         return self.name in FITTED or self.name == "calibrated" or self.order is not None
@@ -116,9 +141,9 @@ class Configuration:
             return [Band("dominant", keep)]
         if self.order is not None:
             return [Band(self.name, keep, order=self.order)]
-        if self.name == "random":
+        if self._band == "random":
             return [Band("random", keep, seed=seed) for seed in self.seeds]
-        return [Band.parse(self.name, keep)]
+        return [Band.parse(self._band, keep)]
 
     def dims(self, d: int) -> int:
         """Width of the result for raw vectors of width d."""
@@ -135,6 +160,7 @@ class Configuration:
         *,
         normalize: bool = False,
         layer: EmbedFilterLayer | None = None,
+        folded: Folded | None = None,
     ) -> list[Transform]:
         """Its maps; several for a mean over seeds.
 
@@ -143,9 +169,10 @@ class Configuration:
             sample: (n, d) raw vectors for the methods that are fitted.
             normalize: Scale results to unit length.
             layer: The saved model's filter, for "calibrated".
+            folded: Spectrum and gain for bands of a folded norm.
 
         Raises:
-            BandError: If it does not fit into the width, or there is no such filter.
+            BandError: If it does not fit into the width, or there is no such filter or spectrum.
             DataError: If there is no sample, or too small a one.
         """
         d = spectrum.d
@@ -171,7 +198,18 @@ class Configuration:
             ]
         if self.name in FITTED:
             return [_fitted(self.name, k, sample, normalize)]
-        return [Transform(spectrum.projection(band), None, normalize) for band in self.bands()]
+        gain: Tensor | None = None
+        if self.folded:
+            if folded is None:
+                raise BandError(
+                    f"{self.name!r} needs the spectrum of a folded norm, got none; open the model "
+                    "with folded=True"
+                )
+            spectrum, gain = folded
+        rows = [spectrum.projection(band) for band in self.bands()]
+        if gain is not None:  # the directions are those of h / g
+            rows = [(row / gain).to(torch.float32) for row in rows]
+        return [Transform(row, None, normalize) for row in rows]
 
 
 def grid(

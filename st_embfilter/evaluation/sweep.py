@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,7 +17,14 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tqdm.auto import tqdm
 
 from st_embfilter.errors import DataError
-from st_embfilter.evaluation.baselines import FITTED, Configuration, Transform, baseline_names, grid
+from st_embfilter.evaluation.baselines import (
+    FITTED,
+    Configuration,
+    Folded,
+    Transform,
+    baseline_names,
+    grid,
+)
 from st_embfilter.evaluation.bootstrap import Floats, Outcome, interval, replicates
 from st_embfilter.evaluation.depth import DepthStore
 from st_embfilter.evaluation.tasks import Releasable, Task
@@ -49,6 +56,7 @@ class RawModel:
         prompt: Prompt recipe, None for plain text.
         normalize: Whether its embeddings are to have unit length.
         layer: The filter that was taken off a filtered model.
+        folded: For bands of a folded norm.
     """
 
     model: SentenceTransformer
@@ -57,6 +65,7 @@ class RawModel:
     prompt: str | None = None
     normalize: bool = False
     layer: EmbedFilterLayer | None = None
+    folded: Folded | None = None
 
     @property
     def pooling(self) -> str | None:
@@ -81,6 +90,7 @@ def raw_model(
     revision: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
+    folded: bool = False,
     show_progress_bar: bool = True,
 ) -> RawModel:
     """The unfiltered form of a causal language model or of a filtered model.
@@ -97,6 +107,8 @@ def raw_model(
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
         trust_remote_code: Allow model code of the checkpoint to run.
+        folded: Also read the spectrum of W_U diag(g), for configurations "folded"; always read for
+            a filtered model of `norm="folded"`.
         show_progress_bar: Show a bar while the unembedding matrix is read.
 
     Raises:
@@ -129,8 +141,13 @@ def raw_model(
     layer = filter_of(model)
     recipe = None if layer is None else layer.metadata.prompt
     unit = any(isinstance(module, Normalize) for module in model.children())
+    with_gain: Folded | None = None
     # Every band of a sweep must be exact, so the sums are float64.
     spectrum, _ = source.unembedding().fit(precision="float64")
+    if folded or (found is not None and layer is not None and layer.metadata.norm == "folded"):
+        matrix = replace(source, norm="folded").unembedding()
+        if matrix.gain is not None:
+            with_gain = Folded(matrix.fit(precision="float64")[0], matrix.gain)
     return RawModel(
         without_filter(model),
         spectrum,
@@ -138,6 +155,7 @@ def raw_model(
         prompt or (None if recipe is None else str(recipe["recipe"])),
         unit,
         None if found is None else layer,
+        with_gain,
     )
 
 
@@ -327,6 +345,6 @@ def _outcomes(
     sample: Vectors | None,
 ) -> list[Outcome]:
     transforms = configuration.transforms(
-        raw.spectrum, sample, normalize=raw.normalize, layer=raw.layer
+        raw.spectrum, sample, normalize=raw.normalize, layer=raw.layer, folded=raw.folded
     )
     return [task.run(Filtered(store, transform)) for transform in transforms]

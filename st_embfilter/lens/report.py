@@ -10,7 +10,7 @@ import base64
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -213,7 +213,9 @@ def open_model(
                 f"{source.name}; give its language model to try others"
             )
         try:
-            return load(source, device=device), source.unembedding()
+            model = load(source, device=device)
+            norm = _filter(model).metadata.norm
+            return model, replace(source, norm=norm).unembedding()
         except EmbedFilterError:
             raise
         except (ValueError, OSError) as error:

@@ -76,8 +76,8 @@ def average_token(
     target = log_probabilities.to(torch.float64)
     moment = torch.zeros(spectrum.d, dtype=torch.float64)
     first = 0
-    for block in unembedding.blocks():
-        moment += target[first : first + block.shape[0]] @ block.to(torch.float64)
+    for block in unembedding.folded_blocks():
+        moment += target[first : first + block.shape[0]] @ block
         first += block.shape[0]
     squares = spectrum.singular_values.square()
     cutoff = squares[0] * spectrum.d * torch.finfo(torch.float64).eps
@@ -118,14 +118,14 @@ def spectroscopy(
     shifted = torch.zeros((len(groups), d), dtype=torch.float64)
     absolute = torch.zeros((len(groups), 1), dtype=torch.float64)
     first = 0
-    for block in unembedding.blocks():
+    for block in unembedding.folded_blocks():
         weights = members[:, first : first + block.shape[0]]
         first += block.shape[0]
         chosen = weights.any(dim=0)
         if not bool(chosen.any()):
             continue
         # (n, d): what each direction adds to each token's logit.
-        shares = (block[chosen].to(torch.float64) @ spectrum.directions.T) * coordinates
+        shares = (block[chosen] @ spectrum.directions.T) * coordinates
         shifted += weights[:, chosen] @ shares.abs()
         absolute += weights[:, chosen] @ shares.sum(dim=1, keepdim=True).abs()
     return Spectroscopy(dict(zip(groups, shifted / absolute, strict=True)))

@@ -72,21 +72,25 @@ def logit_lens(
         unembedding: W_U, (V, d).
         projection: (k, d) rows of the filter. An embedding z is read as the shortest h that it maps
             to z, pinv(projection) z: the logits are W_U V_k z for rows V_k^T. A calibrated filter's
-            whitening is undone thereby, its centring is not.
+            whitening is undone thereby, its centring is not. Where a gain g is folded into W_U, the
+            shortest is that before the gain, n = V_k z, and the logits are W_U diag(g) n.
         top_k: Number of tokens for each embedding.
 
     Raises:
         ShapeError: If the widths do not fit.
     """
     hidden = embeddings.detach().to("cpu", torch.float64)
-    if projection is not None:
+    gain = 1.0 if unembedding.gain is None else unembedding.gain
+    if projection is None and hidden.shape[1] == unembedding.d:
+        hidden = hidden / gain
+    elif projection is not None:
         projection = projection.detach().to("cpu", torch.float64)
         if hidden.shape[1] > projection.shape[0]:
             raise ShapeError(
                 f"filtered embeddings must have at most {projection.shape[0]} dimensions, got "
                 f"{hidden.shape[1]}"
             )
-        rows = projection[: hidden.shape[1]]
+        rows = projection[: hidden.shape[1]] * gain
         hidden = torch.linalg.solve(rows @ rows.T, hidden.T).T @ rows
     if hidden.shape[1] != unembedding.d:
         raise ShapeError(
@@ -98,8 +102,8 @@ def logit_lens(
     ids = torch.zeros((hidden.shape[0], 0), dtype=torch.int64)
     normaliser = torch.full((hidden.shape[0],), -torch.inf, dtype=torch.float64)
     first = 0
-    for block in unembedding.blocks():
-        logits = hidden @ block.to(torch.float64).T
+    for block in unembedding.folded_blocks():
+        logits = hidden @ block.T
         normaliser = torch.logaddexp(normaliser, logits.logsumexp(dim=1))
         numbers = torch.arange(first, first + block.shape[0]).expand(hidden.shape[0], -1)
         merged = torch.cat([best, logits], dim=1)

@@ -50,6 +50,8 @@ _INSIDE: Final = re.compile(
     r"|rope_freqs\.weight|(blk\.\d+\.)?rope_factors_(long|short)\.weight"
 )
 
+_BLOCK: Final = re.compile(r"blk\.(\d+)\.")
+
 _STRING, _UINT32 = 8, 4
 
 
@@ -73,6 +75,7 @@ def export_gguf(
     pooling: str = "mean",
     prompt: str | None = None,
     kind: Kind = "f16",
+    float32_blocks: int = 0,
     overwrite: bool = False,
     like: Tensor | None = None,
 ) -> tuple[int, int]:
@@ -89,6 +92,8 @@ def export_gguf(
         pooling: "mean", "lasttoken" or "cls"; recorded, so that llama.cpp pools that way.
         prompt: Template of a prompt with `{text}`, recorded for the user; llama.cpp applies none.
         kind: How matrices are stored.
+        float32_blocks: Of so many first blocks, matrices are stored as float32 all the same. Where
+            large activations form there, half a bit decides what the last token becomes.
         overwrite: Replace a file that is there.
         like: (k, d), a folded filter's projection, whose directions the first k must be.
 
@@ -97,6 +102,7 @@ def export_gguf(
 
     Raises:
         UnembeddingError: If the model's stream cannot be rotated, with the reason.
+        FormatError: If the pooling, the type or the number of blocks is none that there is.
         OutputError: If the target exists, or cannot be written.
     """
     source, target = Path(source), Path(target)
@@ -107,6 +113,8 @@ def export_gguf(
         )
     if kind not in _FILE_TYPES:
         raise FormatError(f"the type must be one of {', '.join(_FILE_TYPES)}, got {kind!r}")
+    if float32_blocks < 0:
+        raise FormatError(f"float32_blocks must be 0 or more, got {float32_blocks}")
     chosen = Band.parse(band, keep)
     with written_file(target, overwrite=overwrite) as out:
         if target.exists() and target.samefile(source):
@@ -131,7 +139,7 @@ def export_gguf(
         }
         # Float32 files get products in float64, so that their rounding is the only one.
         rotation = rotation if kind == "f32" else rotation.to(torch.float32)
-        _write(out, file, keys, _plans(file, residual, rotation, kind))
+        _write(out, file, keys, _plans(file, residual, rotation, kind, float32_blocks))
     return width, shape[1]
 
 
@@ -187,9 +195,13 @@ def gguf_residual(file: GGUFFile) -> Residual:
     return Residual(INPUT, OUTPUT, reads, frozenset(writes))
 
 
-def _plans(file: GGUFFile, residual: Residual, rotation: Tensor, kind: Kind) -> Iterator[_Plan]:
+def _plans(
+    file: GGUFFile, residual: Residual, rotation: Tensor, kind: Kind, float32_blocks: int
+) -> Iterator[_Plan]:
     for name, tensor in file.tensors.items():
-        yield _plan(file, name, tensor, residual, rotation, kind)
+        block = _BLOCK.match(name)
+        early = block is not None and int(block[1]) < float32_blocks
+        yield _plan(file, name, tensor, residual, rotation, "f32" if early else kind)
     if OUTPUT not in file.tensors:
         yield _plan(file, OUTPUT, file.tensors[INPUT], residual, rotation, kind)
 

@@ -107,6 +107,12 @@ class Unembedding:
                     upcoming = reader.submit(read, *span)
                 yield block
 
+    def folded_blocks(self) -> Iterator[Tensor]:
+        """Row blocks of W_U diag(g) in float64, of W_U where no gain is folded in."""
+        for block in self.blocks():
+            wide = block.to(torch.float64)
+            yield wide if self.gain is None else wide * self.gain
+
     def fit(
         self,
         band: Band | None = None,

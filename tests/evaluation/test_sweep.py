@@ -14,6 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 import st_embfilter
+from st_embfilter.cli.evaluate import configurations
 from st_embfilter.errors import BandError, DataError, EmbedFilterError
 from st_embfilter.evaluation import vectors
 from st_embfilter.evaluation.baselines import Configuration, Transform, baseline_names, grid
@@ -141,6 +142,30 @@ def test_the_folder_of_a_filtered_model_brings_its_settings(saved_demo: Path) ->
         DEMO_LM, normalize=True, device="cpu", show_progress_bar=False
     )
     assert len(list(without_filter(unit).children())) == 2
+
+
+def test_bands_of_a_folded_norm_are_those_of_saved_models(tmp_path: Path) -> None:
+    texts = DATA.texts[:80:2]
+    rng = np.random.default_rng(0)
+    task = sts([(a, b, rng.random()) for a, b in zip(texts[::2], texts[1::2], strict=True)])
+    model = st_embfilter.from_causal_lm(
+        DEMO_LM, keep=0.5, norm="folded", device="cpu", show_progress_bar=False
+    )
+    folder = st_embfilter.save_pretrained(model, tmp_path / "folded")
+    kept = [Configuration("folded", 1 / 2), Configuration("bulk", 1 / 2)]
+    for raw in (
+        raw_model(DEMO_LM, folded=True, device="cpu", show_progress_bar=False),
+        raw_model(folder, device="cpu", show_progress_bar=False),
+    ):
+        _, folded, bulk = run(raw, [task], kept, resamples=0)
+        assert (folded.configuration, folded.start) == ("folded", 64)
+        assert folded.score == pytest.approx(task.run(model).score, abs=1e-4)
+        assert abs(folded.score - bulk.score) > 1e-3
+    assert [c.name for c in configurations(raw, None, [], False)] == ["folded"] * 3
+    assert Configuration("folded:offset:7", 4).bands() == [Band("offset", 4, offset=7)]
+    plain = raw_model(DEMO_LM, device="cpu", show_progress_bar=False)
+    with pytest.raises(BandError, match="'folded' needs the spectrum of a folded norm"):
+        run(plain, [task], kept)
 
 
 def test_raw_is_measured_once_and_first_and_differences_are_to_it() -> None:
@@ -333,10 +358,10 @@ def test_one_that_does_not_fit_fails_before_any_encoding() -> None:
 
 def test_a_sweep_encodes_every_text_once() -> None:
     raw, rows = planted()
-    configurations = default_configurations()
-    assert len(configurations) > 20
-    assert {c.name for c in configurations} == {"bulk", *baseline_names()}
-    run(raw, [sts(rows)], configurations, resamples=5)
+    chosen = default_configurations()
+    assert len(chosen) > 20
+    assert {c.name for c in chosen} == {"bulk", *baseline_names()}
+    run(raw, [sts(rows)], chosen, resamples=5)
     stub: Any = raw.model
     assert sorted(stub.encoded) == sorted({text for a, b, _ in rows for text in (a, b)})
 

@@ -1,5 +1,7 @@
 """The logit lens equals the naive softmax over the vocabulary, at the last layer and between."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -58,6 +60,19 @@ def test_a_calibrated_embedding_is_read_without_its_whitening(weight: torch.Tens
     found = logit_lens(z, unembedding_of_tensor(weight), whitening @ v, top_k=5)
     assert torch.equal(found.ids, expected.indices)
     assert torch.allclose(found.probabilities, expected.values, rtol=1e-8)
+
+
+def test_a_folded_filter_is_read_without_its_gain(weight: torch.Tensor) -> None:
+    gain = torch.linspace(0.1, 3, 16, dtype=torch.float64)
+    v = spectrum_of_weight(weight * gain).directions[Band("bulk", 8).indices(16)]
+    n = torch.randn(7, 16, dtype=torch.float64)
+    folded = replace(unembedding_of_tensor(weight), gain=gain)
+    expected = (n @ v.T @ v @ (weight * gain).T).softmax(dim=1).topk(5, dim=1)
+    found = logit_lens(n @ v.T, folded, v / gain, top_k=5)
+    assert torch.equal(found.ids, expected.indices)
+    assert torch.allclose(found.probabilities, expected.values, rtol=1e-10)
+    h = n * gain  # unfiltered: the gain changes nothing
+    assert torch.equal(logit_lens(h, folded).ids, logit_lens(h, unembedding_of_tensor(weight)).ids)
 
 
 def test_widths_must_fit(weight: torch.Tensor) -> None:

@@ -183,6 +183,20 @@ def test_metadata_and_tokenizer_stay_byte_for_byte(tmp_path: Path) -> None:
     assert value_of(after, "tokenizer.ggml.tokens")[-1] == "naïve 東京"
 
 
+def test_first_blocks_stay_float32(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "in.gguf", random_lm("qwen2", tied=True))
+    export_gguf(tmp_path / "in.gguf", tmp_path / "out.gguf", kind="f16", float32_blocks=1)
+    kinds = {
+        tensor.name: tensor.tensor_type.name
+        for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors
+        if len(tensor.shape) > 1
+    }
+    assert {kind for name, kind in kinds.items() if name.startswith("blk.0.")} == {"F32"}
+    assert {kind for name, kind in kinds.items() if not name.startswith("blk.0.")} == {"F16"}
+    with pytest.raises(FormatError, match="float32_blocks must be 0 or more, got -1"):
+        export_gguf(tmp_path / "in.gguf", tmp_path / "x.gguf", float32_blocks=-1)
+
+
 def test_every_direction_of_an_offset_band_is_there(tmp_path: Path) -> None:
     model = random_lm("llama", tied=True)
     write_gguf(tmp_path / "in.gguf", model)
