@@ -5,7 +5,7 @@ what one of the two has encoded the other reads.
 
     python -m benchmarks.calibration DATA --model SmolLM2=path/to/folder [--model ...]
         [--recipe plain] [--texts generic] [--cache .cache/vectors] [--only-cached] [--encode]
-        [--templates]
+        [--part core] [--templates]
 
 Every text is encoded once, a calibrated filter is an affine map of the raw vectors. It can be
 stopped and started again: texts that are encoded are in the cache, scores that are measured in
@@ -91,18 +91,25 @@ class Case:
     shrinkage: float | None = None
 
 
-def cases(few: bool) -> Iterator[Case]:
-    """The whole grid, and other shrinkages in one window.
+def cases(part: str) -> Iterator[Case]:
+    """What is measured of a model, a recipe and a task.
 
     Args:
-        few: Only what is measured of the templates.
+        part: "core" for every strength in every window with 1,024 generic texts, and for strengths
+            0.5 and 1 with the task's own; "full" for that and every other number and origin of
+            texts, then other shrinkages; "templates" for what is measured of the templates.
     """
-    for keep, strength in product(WINDOWS, STRENGTHS):
-        if few:
-            yield Case(keep, "generic", FEW, strength)
-        else:
-            yield from (Case(keep, t, n, strength) for t, n in product(TEXTS, SIZES))
-    if not few:
+    grid = list(product(WINDOWS, STRENGTHS))
+    if part == "templates":
+        yield from (Case(keep, "generic", FEW, strength) for keep, strength in grid)
+        return
+    yield from (Case(keep, "generic", SIZE, strength) for keep, strength in grid)
+    yield from (
+        Case(keep, "own", SIZE, strength) for keep, strength in grid if strength in (0.5, 1)
+    )
+    if part == "full":
+        for size, texts in product(SIZES, TEXTS):
+            yield from (Case(keep, texts, size, strength) for keep, strength in grid)
         for shrinkage, strength in product((0.0, 0.1, 0.3), STRENGTHS):
             yield Case(0.75, "generic", SIZE, strength, shrinkage)
 
@@ -251,7 +258,7 @@ def measure(
         outcome = task.run(Filtered(store, maps.transform(case)))
         return outcome, replicates(outcome, RESAMPLES)
 
-    todo = [case for case in grid if case.texts in maps.samples and case not in done]
+    todo = dict.fromkeys(case for case in grid if case.texts in maps.samples and case not in done)
     for case in todo:
         if len(maps.samples[case.texts]) < case.size:
             continue
@@ -278,6 +285,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER_OR_HUB_ID")
     parser.add_argument("--recipe", action="append", choices=[*RECIPES, *NAMED_TEMPLATES])
     parser.add_argument("--templates", action="store_true")
+    parser.add_argument("--part", choices=("core", "full"), default="full")
     parser.add_argument("--texts", action="append", choices=TEXTS)
     parser.add_argument("--task", action="append", choices=TASKS)
     parser.add_argument("--self-size", type=int, default=FEW, help="Texts that a model writes.")
@@ -339,7 +347,7 @@ def one_model(
             continue
         done = {case_of(row) for row in rows if all(row[key] == here[key] for key in here)}
         facts = {**here, "metric": task.info.metric, "d": vectored.spectrum.d}
-        grid = cases(few=options.templates)
+        grid = cases("templates" if options.templates else options.part)
         for row in measure(Maps(vectored.spectrum, samples), task, vectored.store, grid, done):
             yield {**facts, **row}
         vectored.store.forget()
