@@ -4,13 +4,13 @@ The data and the cut of them are those of `benchmarks/depth.py`, and so is the c
 what one of the two has encoded the other reads.
 
     python -m benchmarks.calibration DATA --model SmolLM2=path/to/folder [--model ...]
-        [--recipe plain] [--texts generic] [--cache .cache/vectors] [--only-cached] [--encode]
-        [--part core] [--templates]
+        [--recipe plain] [--texts generic] [--cache .cache/vectors] [--only-cached]
+        [--cached-tasks] [--part core] [--templates]
 
 Every text is encoded once, a calibrated filter is an affine map of the raw vectors. It can be
 stopped and started again: texts that are encoded are in the cache, scores that are measured in
-docs/calibration.jsonl. `--encode` encodes the calibration texts and measures nothing;
-`--only-cached` measures what is encoded. `--templates` measures PromptEOL beside the templates of
+docs/calibration.jsonl. `--cached-tasks` measures the tasks that are encoded, `--only-cached` encodes
+no calibration texts either. `--templates` measures PromptEOL beside the templates of
 `NAMED_TEMPLATES`, on 300 pairs. Without a model the page is written from the scores.
 """
 
@@ -104,9 +104,7 @@ def cases(part: str) -> Iterator[Case]:
         yield from (Case(keep, "generic", FEW, strength) for keep, strength in grid)
         return
     yield from (Case(keep, "generic", SIZE, strength) for keep, strength in grid)
-    yield from (
-        Case(keep, "own", SIZE, strength) for keep, strength in grid if strength in (0.5, 1)
-    )
+    yield from (Case(keep, "own", SIZE, a) for keep, a in grid if a in (0.5, 1.0))
     if part == "full":
         for size, texts in product(SIZES, TEXTS):
             yield from (Case(keep, texts, size, strength) for keep, strength in grid)
@@ -291,7 +289,7 @@ def main() -> None:
     parser.add_argument("--self-size", type=int, default=FEW, help="Texts that a model writes.")
     parser.add_argument("--cache", type=Path, default=REPOSITORY / ".cache" / "vectors")
     parser.add_argument("--only-cached", action="store_true", help="Encode nothing.")
-    parser.add_argument("--encode", action="store_true", help="Encode only calibration texts.")
+    parser.add_argument("--cached-tasks", action="store_true", help="Encode no task.")
     parser.add_argument("--rows", type=Path, default=ROWS)
     options = parser.parse_args()
     lines = options.rows.read_text().splitlines() if options.rows.is_file() else []
@@ -329,7 +327,8 @@ def one_model(
         if vectored is None or length != wanted:
             vectored, length = Vectored(path, recipe, task, options.cache), wanted
         here = {"model": name, "recipe": recipe, "task": task.info.name}
-        if options.only_cached and not vectored.has(chunks(task)):
+        leave_out = options.only_cached or options.cached_tasks
+        if leave_out and not vectored.has(chunks(task)):
             print(*here.values(), "not encoded, left out", flush=True)
             continue
         samples = {}
@@ -343,8 +342,6 @@ def one_model(
             if texts and (not options.only_cached or vectored.has(chunked(texts))):
                 samples[kind] = vectored.store.encode(texts)
         print(*here.values(), *samples, flush=True)
-        if options.encode:
-            continue
         done = {case_of(row) for row in rows if all(row[key] == here[key] for key in here)}
         facts = {**here, "metric": task.info.metric, "d": vectored.spectrum.d}
         grid = cases("templates" if options.templates else options.part)
