@@ -9,8 +9,8 @@ what one of the two has encoded the other reads.
 
 Every text is encoded once, a calibrated filter is an affine map of the raw vectors. It can be
 stopped and started again: texts that are encoded are in the cache, scores that are measured in
-docs/calibration.jsonl. `--cached-tasks` measures the tasks that are encoded, `--only-cached` encodes
-no calibration texts either. `--templates` measures PromptEOL beside the templates of
+docs/calibration.jsonl. `--cached-tasks` measures the tasks that are encoded, `--only-cached`
+encodes no calibration texts either. `--templates` measures PromptEOL beside the templates of
 `NAMED_TEMPLATES`, on 300 pairs. Without a model the page is written from the scores.
 """
 
