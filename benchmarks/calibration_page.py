@@ -65,11 +65,11 @@ st_embfilter.from_causal_lm(name, keep=0.75, calibrate="generic", calibration_st
 `st-embfilter verify --rebuild` repeats it: `generic` and `self` without more, own texts with
 `--texts`.
 
-`self` starts each text with the token that the tokenizer puts in front of one, or with the separator
-of documents, `<|endoftext|>`, where the vocabulary has it. If there is neither, and BOS is part of a
-chat's markup, a `SampleWarning` names the token, for the model will write a chat's roles. The same
-warning reports samples of which more than a quarter are empty, repeat another one or themselves, or
-begin alike.
+`self` starts each text with the token that the tokenizer puts in front of one, or with the
+separator of documents, `<|endoftext|>`, where the vocabulary has it. If there is neither, and BOS
+is part of a chat's markup, a `SampleWarning` names the token, for the model will write a chat's
+roles. The same warning reports samples of which more than a quarter are empty, repeat another one
+or themselves, or begin alike.
 
 Held against every text of the four evaluation sets, training and development texts too, none of the
 generic texts has the same words as one of them or shares half of their runs of three words with it;
