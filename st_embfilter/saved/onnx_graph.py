@@ -235,22 +235,31 @@ def _as_int8(table: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(np.rint(table / _row_scale(table)), np.int8)
 
 
-def quantize(source: Path, target: Path) -> None:
-    """Dynamic quantisation of all matrices by onnxruntime, a scale for each column.
+def quantized(graph: Any, place: Path) -> Any:
+    """The graph with all matrices in 8 bits, by the dynamic quantisation of onnxruntime.
 
-    Weights are unsigned: with signed ones, processors without VNNI saturate.
+    A scale for each column. Weights are unsigned: with signed ones, processors without VNNI
+    saturate.
+
+    Args:
+        graph: In float32.
+        place: A folder for what comes between, which must outlive the result.
     """
+    import onnx_ir as ir
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    wide, narrow = place / "wide.onnx", place / "narrow.onnx"
+    ir.save(graph, wide, external_data=f"{wide.name}_data")
     with quiet():
         quantize_dynamic(
-            source,
-            target,
+            wide,
+            narrow,
             op_types_to_quantize=["MatMul"],
             per_channel=True,
             weight_type=QuantType.QUInt8,
-            use_external_data_format=source.with_name(f"{source.name}_data").exists(),
+            use_external_data_format=True,
         )
+    return ir.load(narrow)
 
 
 def write(model: Any, path: Path, metadata: Mapping[str, str]) -> list[Path]:

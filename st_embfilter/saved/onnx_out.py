@@ -250,19 +250,14 @@ def _write_graph(
     pipeline: Pipeline, file: Path, dtype: Dtype, opset: int, metadata: dict[str, str]
 ) -> None:
     graph = onnx_graph.trace(pipeline, opset)
-    if dtype == "float32":
-        onnx_graph.write(graph, file, metadata)
-        return
-    onnx_graph.narrow_tables(graph, dtype)
+    if dtype != "float32":
+        onnx_graph.narrow_tables(graph, dtype)
     if dtype == "float16":
         onnx_graph.narrow_matrices(graph)
-        onnx_graph.write(graph, file, metadata)
-        return
     with TemporaryDirectory(prefix="st-embfilter-") as place:
-        wide = Path(place) / "model.onnx"
-        onnx_graph.write(graph, wide, metadata)
-        del graph
-        onnx_graph.quantize(wide, file)
+        if dtype == "int8":
+            graph = onnx_graph.quantized(graph, Path(place))
+        onnx_graph.write(graph, file, metadata)
 
 
 def _compare(
