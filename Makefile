@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo models test test-models test-latest lint types wheel benchmark compat browser hardening coverage-full figures model-cards results results-demo-lm depth calibration clean
+.PHONY: demo models test test-models test-latest test-older lint types wheel benchmark compat browser hardening coverage-full figures model-cards results results-demo-lm depth calibration clean
 
 LM ?= smollm2
 demo: $(VENV)/.ready  ## set up, fetch a real LM (93 MB), filter it and show what changes; LM=openstax is offline
@@ -25,6 +25,15 @@ test-latest:  ## the tests with the newest release of every library but torch
 	grep '^torch==' constraints.txt > .venv-latest/constraints.txt
 	.venv-latest/bin/python -m pip --disable-pip-version-check -q install -U --upgrade-strategy eager -c .venv-latest/constraints.txt -e '.[dev]'
 	.venv-latest/bin/python -m pytest -n auto
+
+# What a processor without AVX-512 would run, in every library that can be told so.
+OLDER = OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+        ONEDNN_MAX_CPU_ISA=AVX2 FAISS_OPT_LEVEL=avx2 NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL"
+THREADS ?= 1
+test-older: $(VENV)/.ready-dev  ## the tests and `make hardening` as on an older processor; THREADS=3
+	$(OLDER) OMP_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) \
+	  $(BIN)/python -m pytest -n auto
+	$(OLDER) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -W ignore -m hardening --kills 20 --texts 10000 --no-tests
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -35,6 +35,10 @@ from transformers.utils import hub as transformers_hub
 import st_embfilter
 from tests.hub_server import LocalHub
 
+# Of the environment, torch takes no more threads than there are cores: three are three here.
+if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 ROOT = Path(__file__).parents[1]
 DEMO_LM = ROOT / "examples" / "openstax-lm"
 

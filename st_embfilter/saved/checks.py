@@ -11,15 +11,12 @@ from torch import Tensor, nn
 
 from st_embfilter.errors import ShapeError
 from st_embfilter.model.layer import EmbedFilterLayer
+from st_embfilter.spectrum.gram import NEARLY, signs
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.spectrum.whitening import MAX_CONDITION
 
 #: float32 rounds every entry of a row by half of this, relative.
 FLOAT32: Final = 2.0**-23
-
-#: How many times its measured root mean square an error of the Gram matrix may be in one entry:
-#: two matrices with independent errors, and the largest of up to 10^8 normal values (6 sigma).
-_LARGEST: Final = 6.0 * math.sqrt(2.0)
 
 #: A turn of directions beyond which first-order perturbation says nothing.
 _FIRST_ORDER: Final = 0.1
@@ -29,8 +26,9 @@ def turn_bounds(spectrum: Spectrum, indices: Tensor) -> Tensor:
     """How far directions of two computations of one spectrum may turn towards one another.
 
     First-order perturbation of eigenvectors: an error E of the Gram matrix turns direction i
-    towards direction j by |v_i^T E v_j| / |s_i^2 - s_j^2|. E is the measured rounding, and that of
-    float64 sums and of LAPACK, d u |W^T W|.
+    towards direction j by |v_i^T E v_j| / |s_i^2 - s_j^2|, and |v_i^T E v_j| is at most the smaller
+    of |E v_i| and |E v_j|. E is what float32 sums may leave, in both computations and whatever the
+    processor, and d eps |W|^2 of float64 sums and of LAPACK.
 
     Args:
         spectrum: Of W_U, d values.
@@ -41,8 +39,9 @@ def turn_bounds(spectrum: Spectrum, indices: Tensor) -> Tensor:
         other that no computation tells their directions apart.
     """
     squares = spectrum.singular_values.square()
-    error = _LARGEST * spectrum.pair_errors(indices) + spectrum.d * 2.0**-53 * squares[0]
-    bounds = error / (squares[indices][:, None] - squares[None, :]).abs()
+    errors = 2 * spectrum.float32_errors() + spectrum.d * 2.0**-52 * squares[0]
+    bounds = torch.minimum(errors[indices][:, None], errors[None, :])
+    bounds /= (squares[indices][:, None] - squares[None, :]).abs()
     bounds = torch.where(bounds > _FIRST_ORDER, 1.0, bounds)
     bounds[torch.arange(len(indices)), indices] = 0.0
     return bounds
@@ -73,7 +72,7 @@ def check_rows(layer: EmbedFilterLayer) -> tuple[bool, str]:
     if record is not None:
         # The map that is folded in has a bounded condition number, see `affine_map`.
         values = torch.linalg.svdvals(rows)
-        limit = MAX_CONDITION ** (record.strength / 2)
+        limit = _condition(layer)
         condition = float(values[0] / values[-1].clamp(min=1e-300))
         return condition <= limit * (1 + rows.shape[0] * FLOAT32 * limit), (
             f"calibrated: condition number {condition:.3g}, at most {limit:.3g} for its strength"
@@ -88,48 +87,95 @@ def check_directions(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool,
 
     For a row v with singular value s, |W^T W v - s^2 v| is the length of its parts along the other
     directions, each times the difference of squares; here every part is held against the bound of
-    `turn_bounds`. A calibrated filter is a symmetric positive map of the kept directions.
+    `turn_bounds`. The sign is held against its rule, as which entry of a row is the largest can
+    hang on the last bits. A calibrated filter is a symmetric positive map of the directions, which
+    are its polar factor.
     """
-    band = layer.metadata.band
-    indices = torch.as_tensor(band.indices(spectrum.d))
+    indices = torch.as_tensor(layer.metadata.band.indices(spectrum.d))
     rows = layer.projection.detach().to("cpu", torch.float64)
-    parts = rows @ spectrum.directions.to("cpu", torch.float64).T
+    rounding = FLOAT32 * _condition(layer)
+    if layer.metadata.calibration is not None:
+        rows = directions_of(layer)
+    places = torch.arange(len(indices))
+    parts = (rows @ spectrum.directions.to("cpu", torch.float64).T).abs()
     bounds = turn_bounds(spectrum, indices)
-    kept = torch.zeros(spectrum.d, dtype=torch.bool)
-    kept[indices] = True
-    if layer.metadata.calibration is None:
-        places = torch.arange(len(indices))
-        ahead = parts[places, indices].clone()
-        excess = parts.abs() - bounds
-        excess[places, indices] = 0.0
-        blurred = bounds.square().sum(dim=1) > 0.5
-        worst = float(excess.max())
-        flipped = int(((ahead < 0.5) & ~blurred).sum())
-        others = (parts.square().sum(dim=1) - ahead.square()).clamp(min=0.0).sqrt()
-        detail = f"rows in nested order, each its direction to {float(others.max()):.1e}"
-        if bool(blurred.any()):
-            detail += f"; {int(blurred.sum())} of them among others with the same singular value"
-        if flipped:
-            detail = f"{flipped} rows point the other way, or are other directions"
-        elif worst > 2 * FLOAT32:
-            detail = f"a row has a part of {worst:.1e} along a direction that is not its own"
-        return worst <= 2 * FLOAT32 and flipped == 0, detail
-    scale = float(torch.linalg.matrix_norm(rows, ord=2))
-    inside = parts[:, indices]
-    reach = inside.abs() @ bounds
-    strays = (parts.abs() - reach)[:, ~kept]
-    outside = float(strays.max()) if strays.numel() else 0.0
-    blur = reach[:, indices]
-    skew = float(((inside - inside.T).abs() - blur - blur.T).max())
-    limit = 4 * FLOAT32 * scale
-    lowest = float(torch.linalg.eigvalsh((inside + inside.T) / 2)[0])
-    good = outside <= limit and skew <= limit and lowest > 0
-    return good, (
-        "a symmetric positive map of the window's directions"
-        if good
-        else f"not a symmetric positive map of the window: {max(outside, 0.0):.1e} outside of it, "
-        f"asymmetric by {max(skew, 0.0):.1e}, lowest eigenvalue {lowest:.1e}"
-    )
+    ahead = parts[places, indices]
+    excess = parts - bounds
+    excess[places, indices] = 0.0
+    worst = float(excess.max())
+    if not worst <= 2 * rounding:  # NaN of a map that is none
+        return False, f"a row has a part of {worst:.1e} along a direction that is not its own"
+    flipped = torch.ones_like(ahead, dtype=torch.bool)
+    for nearly in (NEARLY - 4 * rounding, NEARLY + 4 * rounding):
+        flipped &= signs(rows, nearly)[:, 0] < 0
+    if bool(flipped.any()):
+        return False, f"{int(flipped.sum())} rows point the other way"
+    others = (parts.square().sum(dim=1) - ahead.square()).clamp(min=0.0).sqrt()
+    detail = f"rows in nested order, each its direction to {float(others.max()):.1e}"
+    blurred = int((bounds.square().sum(dim=1) > 0.5).sum())
+    if blurred:
+        detail += f"; {blurred} of them among others with the same singular value"
+    if layer.metadata.calibration is not None:
+        detail = f"a symmetric positive map of {detail}"
+    return True, detail
+
+
+def directions_of(layer: EmbedFilterLayer) -> Tensor:
+    """The directions V under a calibrated filter A V, its polar factor, (k, d) float64."""
+    rows = layer.projection.detach().to("cpu", torch.float64)
+    squares, axes = torch.linalg.eigh(rows @ rows.T)
+    return (axes * squares.rsqrt()) @ axes.T @ rows
+
+
+def calibration_error(layer: EmbedFilterLayer, encoding: float) -> float:
+    """How far two calibrations with the same texts may differ by the rounding of embeddings.
+
+    Of z = A (y - a m) with A = S^(-a/2): embeddings that err by e move S = T^2, in its own axes, by
+    at most (t_i + t_j) e and so A by at most |t_i^-a - t_j^-a| / |t_i - t_j| e <= a e / t^(a + 1),
+    t the smallest deviation (the divided difference of t^-a); and the mean by e.
+
+    Args:
+        layer: The calibrated filter; its directions orthonormal, see `unfolded`.
+        encoding: Error of an embedding, relative to its length.
+
+    Returns:
+        A bound of the error of A, or of the bias, relative to its own norm.
+    """
+    record, bias = layer.metadata.calibration, layer.linear.bias
+    if record is None or bias is None or not record.strength:
+        return _condition(layer) * FLOAT32
+    strength = record.strength
+    rows = layer.projection.detach().to("cpu", torch.float64)
+    shift = bias.detach().to("cpu", torch.float64) / strength
+    squares, axes = torch.linalg.eigh(rows @ rows.T)
+    factors = squares.clamp(min=1e-300).sqrt()  # t^-a of every axis
+    deviations = factors.pow(-1 / strength)
+    mean = (axes.T @ shift) / factors
+    error = encoding * math.hypot(float(mean.norm()), float(deviations.norm()))
+    turned = strength * error * float(factors[-1] / deviations[-1])
+    of_map = turned * math.sqrt(len(rows)) / float(factors.norm())
+    of_bias = (turned * float(mean.norm()) + float(factors[-1]) * error) / float(shift.norm())
+    return 2 * max(of_map, of_bias) + _condition(layer) * FLOAT32
+
+
+def encoding_error(model: nn.Module) -> float:
+    """Error of an embedding relative to its length: every matrix product rounds once more.
+
+    A sum of d terms in float32 errs by sqrt(d) 2^-24 of its norm, its result is rounded to the
+    dtype, and errors of n products in a row add up as independent ones: sqrt(n).
+    """
+    matrices = [value for value in model.parameters() if value.ndim == 2]
+    if not matrices:
+        return 0.0
+    widest = max(value.shape[1] for value in matrices)
+    unit = max(torch.finfo(value.dtype).eps for value in matrices if value.is_floating_point()) / 2
+    return math.sqrt(len(matrices)) * (unit + math.sqrt(widest) * 2.0**-24)
+
+
+def _condition(layer: EmbedFilterLayer) -> float:
+    """The largest condition number that a filter's rows may have."""
+    record = layer.metadata.calibration
+    return 1.0 if record is None else MAX_CONDITION ** (record.strength / 2)
 
 
 def check_spectrum(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool | None, str]:
@@ -142,10 +188,10 @@ def check_spectrum(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool | 
     if stored is None:
         return None, "none is stored; save the model anew with this package to store one"
     squares = spectrum.singular_values.square()
-    norm = 2 * spectrum.gram_error + spectrum.d * 2.0**-53 * squares[0]
+    limit = 2 * spectrum.float32_errors().norm() + spectrum.d * 2.0**-52 * squares[0]
     error = (stored.cpu().square() - squares).abs()
     place = int(error.argmax())
-    good = bool((error <= 2 * norm).all())
+    good = bool((error <= limit).all())
     relative = float(error[place] / squares[0])
     return good, (
         f"{spectrum.d} singular values, squares to {relative:.1e} of the largest"
@@ -167,7 +213,6 @@ def check_prefixes(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool, s
     rows = layer.projection.detach().to("cpu", torch.float64)
     k = rows.shape[0]
     record = layer.metadata.calibration
-    condition = 1.0 if record is None else MAX_CONDITION ** (record.strength / 2)
     indices = torch.as_tensor(layer.metadata.band.indices(spectrum.d))
     worst, failed = 0.0, []
     # Calibration mixes the directions, but never leaves the space of all of them.
@@ -177,7 +222,9 @@ def check_prefixes(spectrum: Spectrum, layer: EmbedFilterLayer) -> tuple[bool, s
         across = turn_bounds(spectrum, indices[:width])[:, ~kept]
         angle = sine(rows[:width], expected[:width])
         worst = max(worst, angle)
-        if angle > float(across.square().sum().sqrt()) + 4 * FLOAT32 * math.sqrt(width) * condition:
+        # A Frobenius norm bounds the largest sine; so does it that of the rounded rows.
+        rounding = 4 * FLOAT32 * math.sqrt(width) * _condition(layer)
+        if angle > float(across.square().sum().sqrt()) + rounding:
             failed.append(width)
     if failed:
         return False, f"another space at width {', '.join(map(str, failed))}: sine {worst:.1e}"

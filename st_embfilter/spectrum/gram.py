@@ -36,6 +36,9 @@ FLOAT32_TOLERANCE: Final = 1e-4
 #: Largest sine over all prefixes measured: 1.3e-4 (Qwen2.5-0.5B), 2.4e-4 (SmolLM2-135M).
 PREFIX_TOLERANCE: Final = 1e-3
 
+#: An entry of at least this part of the largest magnitude may decide the sign of a direction.
+NEARLY: Final = 0.999
+
 _PIECE_ROWS: Final = 1024
 _TILE_COLUMNS: Final = 256
 _PROBES: Final = 4
@@ -75,6 +78,7 @@ class GramAccumulator:
         self.block_dtype = block_dtype
         self.device = torch.device(device)
         self._sum = torch.zeros((d, d), dtype=torch.float64, device=self.device)
+        self._energy = torch.zeros(d, dtype=torch.float64, device=self.device)
         self._pieces = 0
         self._measured_rows = 0
         self._errors: list[Tensor] = []
@@ -106,11 +110,14 @@ class GramAccumulator:
                 f"every block of W_U must have shape (n, {self.d}), got {tuple(block.shape)}"
             )
         for piece in block.split(_PIECE_ROWS):
+            squares = self._sum.diagonal().neg()
             self._add(piece)
             # No entry of a Gram matrix is above the largest of its diagonal.
             if not bool((self._sum.diagonal() <= torch.finfo(self.block_dtype).max).all()):
                 raise self._not_finite(piece)
-            self.rows += piece.shape[0]
+            squares += self._sum.diagonal()
+            self._energy += squares.mul(squares.sum() * len(piece))
+            self.rows += len(piece)
 
     def spectrum(self) -> Spectrum:
         """The eigendecomposition of the sum, which it takes the memory of: call it once.
@@ -138,6 +145,7 @@ class GramAccumulator:
             singular_values=squares.clamp(min=0.0).sqrt(),
             directions=_fix_signs(directions),
             rounding=self._rounding(directions),
+            energy=self._energy.cpu(),
         )
 
     def _rounding(self, directions: Tensor) -> Tensor | None:
@@ -359,14 +367,27 @@ def _sign_probes(d: int) -> Tensor:
     return torch.randint(0, 2, (_PROBES, d), generator=generator).to(torch.float64) * 2 - 1
 
 
-def _fix_signs(directions: Tensor) -> Tensor:
-    """Makes the first entry of (nearly) largest magnitude of each row positive, in place.
+def signs(rows: Tensor, nearly: float = NEARLY) -> Tensor:
+    """The sign by which a direction is told from its negative.
 
-    "Nearly" keeps exact ties, e.g. rows of +-1/sqrt(d), independent of the last bits.
+    That of the first entry of (nearly) largest magnitude. "Nearly" keeps exact ties, e.g. rows of
+    +-1/sqrt(d), independent of the last bits.
+
+    Args:
+        rows: (n, d).
+        nearly: Of the largest magnitude.
+
+    Returns:
+        (n, 1), each 1.0 or -1.0.
     """
+    magnitude = rows.abs()
+    candidate = magnitude >= magnitude.amax(dim=1, keepdim=True) * nearly
+    first = candidate.to(torch.uint8).argmax(dim=1, keepdim=True)
+    return torch.where(rows.gather(1, first) < 0, -1.0, 1.0).to(rows.dtype)
+
+
+def _fix_signs(directions: Tensor) -> Tensor:
+    """Gives each row its sign, in place."""
     for rows in directions.split(512):
-        magnitude = rows.abs()
-        candidate = magnitude >= magnitude.amax(dim=1, keepdim=True) * 0.999
-        first = candidate.to(torch.uint8).argmax(dim=1, keepdim=True)
-        rows.mul_(torch.where(rows.gather(1, first) < 0, -1.0, 1.0))
+        rows.mul_(signs(rows))
     return directions

@@ -23,35 +23,36 @@ class Spectrum:
         directions: (d, d) float64; row i is the right singular vector of singular value i.
         rounding: (d,) float64, measured norm |E v_i| of the Gram matrix's error E along each
             direction; None where the sums were float64 throughout.
+        energy: (d,) float64, by which `float32_errors` bounds; None for a made-up spectrum.
     """
 
     singular_values: Tensor
     directions: Tensor
     rounding: Tensor | None = None
+    energy: Tensor | None = None
 
     @property
     def d(self) -> int:
         """Width of the hidden state."""
         return self.singular_values.shape[0]
 
-    @property
-    def gram_error(self) -> float:
-        """Measured Frobenius norm of the Gram matrix's error; 0.0 for float64 sums."""
-        return 0.0 if self.rounding is None else float(self.rounding.norm())
+    def float32_errors(self) -> Tensor:
+        """What float32 sums may leave along each direction, on any processor, in any order.
 
-    def pair_errors(self, indices: Tensor) -> Tensor:
-        """Root mean square of |v_i^T E v_j|, estimated; at least that of all entries of E.
-
-        Args:
-            indices: (k,) directions i.
+        The error of a sum of n products is a sum of at most n roundings, each of mean zero and at
+        most u = 2^-24 of a partial sum, which |w_a| |w_b| bounds for the columns a and b of a piece
+        (Higham and Mary 2019, "A new approach to probabilistic rounding error analysis"). So
+        |E v|^2 is in the mean at most sum_p n u^2 |W_p|_F^2 sum_b v_b^2 |w_pb|^2 over the pieces p
+        of n rows. A draw is far below it: partial sums come near |w_a| |w_b| only where all columns
+        are parallel.
 
         Returns:
-            (k, d) float64, all zero for float64 sums.
+            (d,) float64 bounds of |E v_i|, E the error of the Gram matrix.
         """
-        if self.rounding is None or not self.gram_error:
-            return torch.zeros((len(indices), self.d), dtype=torch.float64)
-        pairs = self.rounding[indices][:, None] * self.rounding / self.gram_error
-        return pairs.clamp_(min=self.gram_error / self.d)
+        if self.energy is None:
+            return torch.zeros(self.d, dtype=torch.float64)
+        parts = [rows.square() @ self.energy for rows in self.directions.split(512)]
+        return torch.cat(parts).sqrt() * 2.0**-24
 
     def projection(self, band: Band) -> Tensor:
         """The filter's matrix: the kept directions as rows, in nested order.
