@@ -105,12 +105,27 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def same(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-5) -> bool:
-    """Equal but for the last bits: kernels, batches and alignment choose the order of float32 sums.
+#: A sum of n float32 terms errs by sqrt(n) 2^-24 of the product of norms; a forward pass chains
+#: about ten of them here, with n up to 256: sqrt(256) 2^-24 10, relative to the vector's length.
+FLOAT32 = 1e-5
 
-    A sum of n terms errs by sqrt(n) 2^-24 of their norm; a forward pass chains about ten of them
-    here, with n up to 256: 1e-5 of the vector's length.
+#: float64 sums of up to 4,000 terms, in any order: n 2^-53.
+FLOAT64 = 1e-12
+
+#: Directions of a matrix with a condition number up to 20 through its Gram matrix in float64: the
+#: rounding of d eps |W|^2 over its smallest square, d 2^-52 20^2 for d up to 100, times 1,000 for
+#: what is multiplied with them afterwards.
+GRAM64 = 1e-8
+
+Array = np.ndarray | Tensor
+
+
+def same(a: Array, b: Array, tolerance: float = FLOAT32) -> bool:
+    """Equal but for the last bits: kernels, batches and alignment choose the order of sums.
+
+    The tolerance is relative to the length of the longest vector, or to 1.
     """
+    a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
         return False
     length = max(1.0, float(np.linalg.norm(b, axis=-1).max()))

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from tests.conftest import DEMO_LM
+from tests.conftest import DEMO_LM, FLOAT32
 
 TRAINING = DEMO_LM / "training"
 SCRIPTS = ("prepare", "train", "check_overlap", "plot_loss")
@@ -185,7 +185,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     for key in ("loss", "average", "rate"):
         whole, resumed = (losses(tmp_path / name / "log.jsonl", key) for name in ("whole", "parts"))
         assert list(whole) == list(resumed) == list(range(1, 13))
-        assert resumed == pytest.approx(whole, abs=2e-4)
+        # Losses near 5 of 12 steps: each chains the errors of all before.
+        assert resumed == pytest.approx(whole, rel=12 * FLOAT32)
     heldout = losses(tmp_path / "whole" / "log.jsonl", "heldout_loss")
     assert list(heldout) == [5, 10, 12]
     assert heldout[12] < heldout[5] < math.log(280)

@@ -145,4 +145,5 @@ def test_scores_on_stsb() -> None:
     ):
         cosine = torch.nn.functional.cosine_similarity(found[::2], found[1::2])
         score = 100 * spearmanr(cosine.numpy(), [float(row[2]) for row in rows]).statistic
+        # The figures are of one decimal; ranks of 1,379 pairs hang on the last bits of a few.
         assert score == pytest.approx(expected, abs=0.3)

@@ -24,6 +24,7 @@ from st_embfilter.evaluation.bootstrap import (
     spearman_statistic,
     v_measure_statistic,
 )
+from tests.conftest import FLOAT64
 
 N = 60
 RNG = np.random.default_rng(0)
@@ -65,7 +66,7 @@ def test_weights_are_repetitions(statistic: Statistic, direct: Callable[[Rows], 
     rows[0] = np.arange(N)
     weights = np.array([np.bincount(row, minlength=N) for row in rows], dtype=float)
     expected = [direct(row) for row in rows]
-    np.testing.assert_allclose(statistic(weights), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(statistic(weights), expected, rtol=0, atol=FLOAT64)
 
 
 def test_v_measure_of_units_that_were_drawn_twice_or_never() -> None:
@@ -75,7 +76,7 @@ def test_v_measure_of_units_that_were_drawn_twice_or_never() -> None:
     weights[1, :30] = 0
     kept = drawn[drawn >= 30]
     expected = [v_measure_score(LABELS[r], CLUSTERS[r]) for r in (drawn, kept)]
-    np.testing.assert_allclose(statistic(weights), expected, atol=1e-12)
+    np.testing.assert_allclose(statistic(weights), expected, atol=FLOAT64)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_v_measure_of_units_that_were_drawn_twice_or_never() -> None:
 def test_v_measure_of_one_class_or_cluster(labels: list[int], clusters: list[int]) -> None:
     statistic = v_measure_statistic(labels, clusters)
     expected = v_measure_score(labels, clusters)
-    assert statistic(np.ones((1, len(labels))))[0] == pytest.approx(expected, abs=1e-12)
+    assert statistic(np.ones((1, len(labels))))[0] == pytest.approx(expected, abs=FLOAT64)
 
 
 def test_a_difference_of_nothing_has_no_width() -> None:
@@ -131,7 +132,7 @@ def test_the_samples_are_those_of_the_seed_whatever_the_chunks(
     chunked = replicates(outcome, 100, seed=3)
     assert whole is not None
     assert chunked is not None
-    np.testing.assert_allclose(whole, chunked, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(whole, chunked, rtol=0, atol=FLOAT64)
     assert not np.array_equal(whole, replicates(outcome, 100, seed=4))
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
@@ -14,7 +13,7 @@ from st_embfilter.evaluation.depth import DepthStore
 from st_embfilter.evaluation.search import search_window
 from st_embfilter.evaluation.sweep import raw_model, sweep, without_filter
 from st_embfilter.evaluation.tasks import STSTask, TaskInfo
-from tests.conftest import DEMO_LM, TEXTS, MakeLM
+from tests.conftest import DEMO_LM, TEXTS, MakeLM, same
 
 PAIRS = [("the tea", "the cup", 1.0), ("light", "sugar rates", 0.5), ("tea", "tea .", 2.0)] * 3
 
@@ -29,13 +28,13 @@ def test_every_depth_is_that_of_the_cut_model(recipe: str | None) -> None:
         cut = without_filter(st_embfilter.from_causal_lm(DEMO_LM, layers=layers, **options))
         expected = cut.encode(TEXTS)
         found = store.at(layers).encode(TEXTS)
-        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+        assert same(found, expected)
     if recipe is None:
         last = without_filter(
             st_embfilter.from_causal_lm(DEMO_LM, layers=4, pooling="lasttoken", **options)
         ).encode(TEXTS)
         found = store.at(4, "lasttoken").encode(TEXTS)
-        assert np.abs(found - last).max() <= 1e-5 * np.abs(last).max()
+        assert same(found, last)
 
 
 def test_one_pass_for_all_depths_and_none_for_what_is_cached(tmp_path: Path) -> None:

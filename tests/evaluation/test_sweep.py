@@ -34,7 +34,7 @@ from st_embfilter.evaluation.vectors import Encoder, VectorStore, fingerprint
 from st_embfilter.saved.results import Result, read_results, results_frame, write_results
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.spectrum import Spectrum
-from tests.conftest import DEMO_LM, MakeLM
+from tests.conftest import DEMO_LM, FLOAT32, MakeLM, same
 
 DATA = Paraphrases.read(DEMO_TEXTS)
 D = 32
@@ -119,6 +119,7 @@ def test_scores_are_those_of_saved_models(saved_demo: Path, tmp_path: Path) -> N
 
     plain = [Plain(saved_demo), Plain(saved_demo, 64), Plain(tmp_path / "edges")]
     for row, encoder in zip(rows[1:], plain, strict=True):
+        # Ranks of 20 cosines, of which the last bits may swap none: they lie 1e-4 apart.
         assert row.score == pytest.approx(task.run(encoder).score, abs=1e-4)
     assert [(row.configuration, row.dims, row.start) for row in rows] == [
         ("raw", 256, None),
@@ -230,7 +231,7 @@ def test_a_calibrated_model_is_measured_as_it_is(make_lm: MakeLM) -> None:
     for k in (8, 4):
         (transform,) = Configuration("calibrated", k).transforms(raw.spectrum, layer=raw.layer)
         plain = SentenceTransformer(str(saved), truncate_dim=k, device="cpu")
-        assert np.abs(Filtered(store, transform).encode(texts) - plain.encode(texts)).max() < 1e-5
+        assert same(Filtered(store, transform).encode(texts), plain.encode(texts))
     with pytest.raises(BandError, match="'calibrated' at 9 dimensions must be"):
         Configuration("calibrated", 9).transforms(raw.spectrum, layer=raw.layer)
 
@@ -250,23 +251,25 @@ def fitted(name: str, keep: float | int | None = None) -> tuple[np.ndarray, np.n
 
 def test_whitened_texts_have_unit_covariance() -> None:
     _, white = fitted("whiten", 12)
-    np.testing.assert_allclose(np.cov(white.T), np.eye(12), atol=1e-4)
-    np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-4)
+    # Of vectors in float32, through a map with a condition number of about 10.
+    np.testing.assert_allclose(np.cov(white.T), np.eye(12), atol=10 * FLOAT32)
+    np.testing.assert_allclose(white.mean(axis=0), 0, atol=10 * FLOAT32)
 
 
 def test_pca_keeps_the_most_variance_that_a_width_can() -> None:
     sample, reduced = fitted("pca", 12)
     best = np.linalg.eigvalsh(np.cov(sample.T))[::-1][:12]
-    np.testing.assert_allclose(np.cov(reduced.T), np.diag(best), rtol=1e-3, atol=1e-2)
+    length = np.square(sample, dtype=np.float64).sum(axis=1).mean()
+    np.testing.assert_allclose(np.cov(reduced.T), np.diag(best), rtol=0, atol=FLOAT32 * length)
 
 
 def test_centring_and_all_but_the_top() -> None:
     sample, centred = fitted("centre")
-    np.testing.assert_allclose(centred, sample - sample.mean(axis=0), atol=1e-5)
+    assert same(centred, sample - sample.mean(axis=0))
     _, rest = fitted("all-but-the-top")
     before, after = (np.linalg.eigvalsh(np.cov(x.T))[::-1] for x in (sample, rest))
-    np.testing.assert_allclose(after[:-1], before[1:], rtol=1e-3, atol=1e-3)
-    assert abs(after[-1]) < 1e-4 * before[0]
+    length = np.square(sample, dtype=np.float64).sum(axis=1).mean()
+    np.testing.assert_allclose(after, [*before[1:], 0], rtol=0, atol=FLOAT32 * length)
 
 
 def test_baselines_that_need_data_say_so_and_need_enough() -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from st_embfilter.errors import ShapeError
 from st_embfilter.lens.anisotropy import anisotropy
+from tests.conftest import FLOAT64, GRAM64
 
 
 def sample(n: int, d: int) -> Tensor:
@@ -41,11 +42,11 @@ def test_equals_the_definitions(n: int, d: int) -> None:
     x = sample(n, d)
     found = anisotropy(x)
     values = torch.linalg.eigvalsh(torch.cov(x.T))
-    assert found.mean_cosine == pytest.approx(mean_cosine(x), rel=1e-8)
+    assert found.mean_cosine == pytest.approx(mean_cosine(x), rel=GRAM64)
     assert found.participation_ratio == pytest.approx(
-        float(values.sum() ** 2 / values.square().sum()), rel=1e-8
+        float(values.sum() ** 2 / values.square().sum()), rel=GRAM64
     )
-    assert found.isoscore == pytest.approx(isoscore(x), rel=1e-8, abs=1e-12)
+    assert found.isoscore == pytest.approx(isoscore(x), rel=GRAM64, abs=GRAM64)
 
 
 def test_the_extremes() -> None:
@@ -58,7 +59,7 @@ def test_the_extremes() -> None:
     found = anisotropy(line)
     assert found.mean_cosine == pytest.approx(1)
     assert found.participation_ratio == pytest.approx(1)
-    assert found.isoscore == pytest.approx(0, abs=1e-12)
+    assert found.isoscore == pytest.approx(0, abs=FLOAT64)
 
 
 def test_too_few_embeddings() -> None:

@@ -37,7 +37,7 @@ from st_embfilter.saved.card import card_of_folder
 from st_embfilter.saved.card_rules import check_card
 from st_embfilter.spectrum.band import Band
 from st_embfilter.unembedding.matrix import Unembedding, unembedding_of_tensor
-from tests.conftest import DEMO_LM, MakeLM
+from tests.conftest import DEMO_LM, MakeLM, same
 
 HOSTILE = 'x <script>alert(1)</script> & "q" | `tick` $5 [b]'
 CORPUS = Paraphrases.read(DEMO_TEXTS).texts
@@ -106,9 +106,7 @@ def test_the_optimal_band_is_built_saved_and_loaded(
     loaded, _ = open_model(tmp_path / "m", device="cpu", show_progress_bar=False)
     assert filter_of(loaded).metadata.band == layer.metadata.band
     texts = ["tea", "a glacier"]
-    assert torch.allclose(
-        torch.tensor(loaded.encode(texts)), torch.tensor(model.encode(texts)), atol=1e-5
-    )
+    assert same(loaded.encode(texts), model.encode(texts))
     with pytest.raises(BandError, match="measured on a corpus, got no token counts"):
         open_model(DEMO_LM, band="optimal", show_progress_bar=False)
 

@@ -21,7 +21,7 @@ from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import spectrum_of_weight
 from st_embfilter.unembedding.matrix import unembedding_of_tensor
-from tests.conftest import planted
+from tests.conftest import GRAM64, planted
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def test_average_token_equals_the_pseudo_inverse(null_directions: int) -> None:
     target = log_probabilities(600)
     expected = target @ torch.linalg.pinv(weight, rtol=1e-10).T
     found = average_token(unembedding_of_tensor(weight), spectrum_of_weight(weight), target)
-    assert relative(found, expected) <= 1e-8
+    assert relative(found, expected) <= GRAM64
 
 
 def test_spectroscopy_equals_a_loop_over_directions() -> None:
@@ -62,7 +62,7 @@ def test_spectroscopy_equals_a_loop_over_directions() -> None:
         for v in spectrum.directions:
             removed = weight[ids] @ (h - v * (v @ h))
             expected.append((removed - logits).abs().sum() / logits.abs().sum())
-        assert relative(found.shifts[name], torch.stack(expected)) <= 1e-8
+        assert relative(found.shifts[name], torch.stack(expected)) <= GRAM64
 
 
 def with_frequent_direction(rows: int = 2000, d: int = 32) -> tuple[Tensor, Tensor, TokenCounts]:
@@ -85,7 +85,7 @@ def test_a_planted_direction_of_frequent_tokens_is_found_and_dropped() -> None:
     found = spectroscopy_of_counts(unembedding_of_tensor(weight), spectrum, counts)
     shift = found.shifts["frequent"]
     worst = int(shift.argmax())
-    assert abs(float(spectrum.directions[worst] @ direction)) > 0.99
+    assert abs(float(spectrum.directions[worst] @ direction)) > 0.99  # 30 against noise of 1
     assert float(shift[worst]) > 3 * float(shift.sort().values[-2])
     band = optimal_band(shift, keep=31)
     assert worst not in band.indices(32).tolist()

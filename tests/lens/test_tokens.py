@@ -15,7 +15,7 @@ from st_embfilter.model.layer import filter_of
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import spectrum_of_weight
 from st_embfilter.unembedding.matrix import unembedding_of_tensor
-from tests.conftest import TEXTS, MakeLM
+from tests.conftest import GRAM64, TEXTS, MakeLM, same
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def test_equals_a_naive_softmax(weight: torch.Tensor) -> None:
     expected = (h @ weight.T).softmax(dim=1).topk(9, dim=1)
     found = logit_lens(h, unembedding_of_tensor(weight), top_k=9)
     assert torch.equal(found.ids, expected.indices)
-    assert torch.allclose(found.probabilities, expected.values, rtol=1e-10)
+    assert torch.allclose(found.probabilities, expected.values, rtol=GRAM64)
 
 
 def test_filtered_embeddings_are_read_through_their_projection(weight: torch.Tensor) -> None:
@@ -43,7 +43,7 @@ def test_filtered_embeddings_are_read_through_their_projection(weight: torch.Ten
     expected = (h @ v.T @ v @ weight.T).softmax(dim=1).topk(5, dim=1)
     found = logit_lens(h @ v.T, unembedding_of_tensor(weight), v, top_k=5)
     assert torch.equal(found.ids, expected.indices)
-    assert torch.allclose(found.probabilities, expected.values, rtol=1e-10)
+    assert torch.allclose(found.probabilities, expected.values, rtol=GRAM64)
     prefix = logit_lens(h @ v[:3].T, unembedding_of_tensor(weight), v, top_k=5)
     narrow = (h @ v[:3].T @ v[:3] @ weight.T).topk(5, dim=1)
     assert torch.equal(prefix.ids, narrow.indices)
@@ -59,7 +59,7 @@ def test_a_calibrated_embedding_is_read_without_its_whitening(weight: torch.Tens
     expected = ((h @ v.T - mean) @ v @ weight.T).softmax(dim=1).topk(5, dim=1)
     found = logit_lens(z, unembedding_of_tensor(weight), whitening @ v, top_k=5)
     assert torch.equal(found.ids, expected.indices)
-    assert torch.allclose(found.probabilities, expected.values, rtol=1e-8)
+    assert torch.allclose(found.probabilities, expected.values, rtol=GRAM64)
 
 
 def test_a_folded_filter_is_read_without_its_gain(weight: torch.Tensor) -> None:
@@ -117,10 +117,10 @@ def test_layers_between_are_normed_once_and_the_last_never(
         with torch.no_grad():
             expected = norm(states[layer]).mean(dim=1)
         found = pooled_embeddings(model, [text], layers=layer, show_progress_bar=False)
-        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+        assert same(found, expected)
     for last in (2, None):
         found = pooled_embeddings(model, [text], layers=last, show_progress_bar=False)
-        assert torch.allclose(found, states[2].mean(dim=1), rtol=1e-5, atol=1e-5)
+        assert same(found, states[2].mean(dim=1))
     with torch.no_grad():
         assert not torch.allclose(norm(states[2]).mean(dim=1), found, rtol=1e-2)
     with pytest.raises(DepthError, match=r"int in \[0, 2\] or a ratio in \(0, 1\], got 3"):
@@ -135,7 +135,7 @@ def test_pooled_embeddings_are_what_the_filter_gets(demo_model: SentenceTransfor
     assert layer is not None
     pooled = pooled_embeddings(demo_model, TEXTS, show_progress_bar=False)
     filtered = demo_model.encode(TEXTS, show_progress_bar=False, convert_to_tensor=True)
-    assert torch.allclose(pooled @ layer.projection.T, filtered, atol=1e-4)
+    assert same(pooled @ layer.projection.T, filtered)
 
 
 def test_pooled_embeddings_use_the_prompt_of_the_model(demo_model: SentenceTransformer) -> None:
@@ -145,7 +145,7 @@ def test_pooled_embeddings_use_the_prompt_of_the_model(demo_model: SentenceTrans
     )
     with_prompt = pooled_embeddings(prompted, ["tea"], show_progress_bar=False)
     spelled_out = pooled_embeddings(demo_model, ["Say: tea"], show_progress_bar=False)
-    assert torch.allclose(with_prompt, spelled_out, atol=1e-5)
+    assert same(with_prompt, spelled_out)
 
 
 def test_share_of_tokens() -> None:

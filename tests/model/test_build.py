@@ -62,7 +62,7 @@ def test_cosines_equal_the_full_size_projector(demo_model: SentenceTransformer) 
     v = layer.projection.double().numpy()
     for k in (128, 64, 32, 7):
         projected = raw @ (v[:k].T @ v[:k])
-        assert np.abs(cosines(projected) - cosines(whole[:, :k])).max() <= 1e-6
+        assert same(cosines(projected), cosines(whole[:, :k]))
 
 
 def test_saved_prefixes_are_separately_built_filters(saved_demo: Path) -> None:
@@ -71,8 +71,7 @@ def test_saved_prefixes_are_separately_built_filters(saved_demo: Path) -> None:
         truncated = SentenceTransformer(str(saved_demo), truncate_dim=k, device="cpu")
         built = st_embfilter.from_causal_lm(DEMO_LM, keep=k, device="cpu")
         assert truncated.encode(TEXTS).shape == (len(TEXTS), k)
-        difference = cosines(truncated.encode(TEXTS)) - cosines(built.encode(TEXTS))
-        assert np.abs(difference).max() <= 1e-6
+        assert same(cosines(truncated.encode(TEXTS)), cosines(built.encode(TEXTS)))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "lasttoken", "weightedmean"])
@@ -83,10 +82,10 @@ def test_batches_and_padding_change_nothing(make_lm: MakeLM, model_type: str, po
     texts = [text for text in TEXTS if text] + ["glacier"]
     alone = model.encode(texts, batch_size=1)
     together = model.encode(texts, batch_size=32)
-    assert np.abs(alone - together).max() <= 1e-5
+    assert same(alone, together)
     if model_type == "llama":  # rotary positions are relative; GPT-2's absolute ones are not
         model.tokenizer.padding_side = "left"
-        assert np.abs(alone - model.encode(texts, batch_size=32)).max() <= 1e-5
+        assert same(alone, model.encode(texts, batch_size=32))
 
 
 def test_padding_is_on_the_right_whatever_the_checkpoint_says(
@@ -100,7 +99,7 @@ def test_padding_is_on_the_right_whatever_the_checkpoint_says(
     st_embfilter.save_pretrained(model, tmp_path / "saved")
     again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     texts = ["glacier", "the light of the cup ."]
-    assert np.abs(again.encode(texts) - model.encode(texts, batch_size=1)).max() <= 1e-5
+    assert same(again.encode(texts), model.encode(texts, batch_size=1))
 
 
 @pytest.mark.parametrize("missing", ["pad", "pad and eos", "all"])
@@ -133,7 +132,7 @@ def test_a_bfloat16_backbone_loses_nothing_in_the_filter(make_lm: MakeLM) -> Non
     assert pooled.dtype == torch.bfloat16
     exact = pooled.double() @ filter_of(filtered).projection.double().T
     out = filtered.encode(["the light", "a cup"], convert_to_tensor=True)
-    assert torch.allclose(out.double(), exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
+    assert same(out.double(), exact)
 
 
 def test_text_is_never_wrapped_in_a_chat_template(make_lm: MakeLM, tmp_path: Path) -> None:
@@ -182,7 +181,7 @@ def test_add_filter_goes_between_pooling_and_normalize(make_lm: MakeLM) -> None:
     ]
     assert model.prompts["query"] == "the "
     built = st_embfilter.from_causal_lm(folder, keep=0.25, normalize=True, device="cpu")
-    assert np.abs(model.encode(["the light"]) - built.encode(["the light"])).max() <= 1e-6
+    assert same(model.encode(["the light"]), built.encode(["the light"]))
     with pytest.raises(PlacementError, match="got a model that has one"):
         st_embfilter.add_filter(model)
 
@@ -192,7 +191,7 @@ def test_add_filter_takes_any_source_of_w_u(make_lm: MakeLM) -> None:
     expected = st_embfilter.add_filter(plain(folder)).encode(["the light"])
     for source in (lm, folder, lm.get_output_embeddings().weight):
         model = st_embfilter.add_filter(plain(folder), unembedding=source)
-        assert np.abs(model.encode(["the light"]) - expected).max() <= 1e-6
+        assert same(model.encode(["the light"]), expected)
 
 
 def test_add_filter_refuses_another_width(make_lm: MakeLM) -> None:

@@ -33,7 +33,7 @@ from st_embfilter.model.layer import filter_of
 from st_embfilter.saved.verify import verify
 from st_embfilter.unembedding.source import Source
 from tests.architectures import VOCAB, save_tiny, tiny_config, tiny_model
-from tests.conftest import TEXTS, MakeLM
+from tests.conftest import TEXTS, MakeLM, same
 from tests.hub_server import LocalHub
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -105,8 +105,7 @@ def test_a_cut_model_is_the_state_after_its_blocks(
         for batch_size, side in product((1, 3, 32), ("right", "left")):
             plain.tokenizer.padding_side = side
             found = plain.encode(texts, batch_size=batch_size)
-            error = np.abs(found - expected[side]).max()
-            assert error <= 1e-6 * np.linalg.norm(expected[side], axis=1).max()
+            assert same(found, expected[side])
         metadata = json.loads((saved / "embfilter.json").read_text())
         assert metadata["depth"] == {"layers": layers, "of": 4, "token_weights": None}
         if "layer_types" in MODELS[model_type]:
@@ -224,7 +223,7 @@ def test_an_adapter_is_merged_before_the_cut(make_lm: MakeLM, tmp_path: Path) ->
     options: dict[str, Any] = {"layers": 2, "device": "cpu", "show_progress_bar": False}
     model = st_embfilter.from_causal_lm(tmp_path / "adapter", **options)
     merged = st_embfilter.from_causal_lm(tmp_path / "merged", **options)
-    assert np.allclose(model.encode(texts), merged.encode(texts), rtol=1e-5, atol=1e-5)
+    assert same(model.encode(texts), merged.encode(texts))
     saved = st_embfilter.save_pretrained(model, tmp_path / "saved")
     plain = SentenceTransformer(str(saved), device="cpu")
     assert np.array_equal(plain.encode(texts), model.encode(texts))

@@ -48,15 +48,15 @@ def test_weights_come_back(tmp_path: Path, architecture: str, tied: bool) -> Non
     found = weights_of(path, "float32")
     expected = dict(model.named_parameters())
     assert found.keys() == expected.keys()
-    # w + 1 - 1 of Gemma's norms rounds; all else is exact.
-    rounding = 2e-7 if architecture == "gemma3" else 0.0
+    # w + 1 - 1 of Gemma's norms rounds to the last bit of numbers below 2; all else is exact.
+    rounding = 2.0**-23 if architecture == "gemma3" else 0.0
     for name, value in expected.items():
         assert float((found[name] - value.detach()).abs().max()) <= rounding, name
     folder = gguf_folder(path, "float32", **QUIET).name
     ids = torch.tensor([[5, 80, 200, 258, 31]])
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-4)
+        assert same(loaded(ids).logits, model(ids).logits)
     assert loaded.config.tie_word_embeddings == tied
 
 
@@ -101,7 +101,8 @@ def test_saved_folder(tmp_path: Path) -> None:
     )
     assert "license: apache-2.0" in (folder / "README.md").read_text()
     assert [check.name for check in verify(folder, rebuild=True) if not check.passed] == []
-    # Plain sentence-transformers gives the same vectors; float16 sums in another order at most.
+    # Plain sentence-transformers gives the same vectors but for roundings to 11 bits in another
+    # order, of fewer than 400 products in a row: 2^-11 sqrt(400).
     plain = SentenceTransformer(str(folder), device="cpu")
     assert same(plain.encode(TEXTS), model.encode(TEXTS), 1e-2)
 

@@ -18,7 +18,7 @@ from st_embfilter.model.layer import EmbedFilterLayer, check_placement
 from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import spectrum_of_weight
-from tests.conftest import TEXTS, MakeLM, planted, same
+from tests.conftest import FLOAT32, FLOAT64, TEXTS, MakeLM, planted, same
 
 
 @pytest.fixture
@@ -45,9 +45,12 @@ def test_inner_products_equal_the_full_size_projector(seed: int, k: int) -> None
     v = spectrum_of_weight(weight).directions[Band("bulk", k).indices(24)]
     projector = v.T @ v
     full = h.double() @ projector
-    assert torch.allclose(projector @ projector, projector, atol=1e-10)
-    assert torch.allclose(small @ small.T, full @ full.T, atol=1e-5)
-    assert torch.allclose(torch.cdist(small, small), torch.cdist(full, full), atol=1e-4)
+    assert same(projector @ projector, projector, FLOAT64)
+    # Vectors that err by FLOAT32 of their length: twice that of a product of two lengths.
+    length = max(1.0, float(h.norm(dim=1).max()))
+    off = 2 * FLOAT32 * length
+    assert torch.allclose(small @ small.T, full @ full.T, rtol=0, atol=off * length)
+    assert torch.allclose(torch.cdist(small, small), torch.cdist(full, full), rtol=0, atol=off)
 
 
 def test_a_prefix_is_the_smaller_filter(weight: torch.Tensor) -> None:
@@ -55,14 +58,14 @@ def test_a_prefix_is_the_smaller_filter(weight: torch.Tensor) -> None:
     whole = apply(st_embfilter.build_filter(weight, keep=1.0), h)
     for k in range(1, 25):
         built = apply(st_embfilter.build_filter(weight, keep=k), h)
-        assert torch.allclose(whole[:, :k], built, atol=1e-6)
+        assert same(whole[:, :k], built)
 
 
 def test_keeping_everything_changes_no_cosine(weight: torch.Tensor) -> None:
     h = torch.randn(9, 24)
     whole = apply(st_embfilter.build_filter(weight, keep=1.0), h)
     cosine = torch.nn.functional.cosine_similarity
-    assert torch.allclose(cosine(whole[0], whole[1:]), cosine(h[0], h[1:]), atol=1e-6)
+    assert same(cosine(whole[0], whole[1:]), cosine(h[0], h[1:]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -71,7 +74,7 @@ def test_arithmetic_is_float32_for_every_input(layer: EmbedFilterLayer, dtype: t
     out = apply(layer, h)
     assert out.dtype == torch.float32
     exact = h.double() @ layer.projection.double().T
-    assert torch.allclose(out.double(), exact, atol=2e-6)
+    assert same(out.double(), exact)
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "to"])
@@ -96,7 +99,7 @@ def test_frozen_but_transparent_to_gradients(layer: EmbedFilterLayer) -> None:
     h = torch.randn(3, 24, requires_grad=True)
     apply(layer, h).sum().backward()
     assert h.grad is not None
-    assert torch.allclose(h.grad, layer.projection.sum(0).expand(3, -1))
+    assert same(h.grad, layer.projection.sum(0).expand(3, -1))
 
 
 def test_copies(layer: EmbedFilterLayer) -> None:
@@ -157,7 +160,7 @@ def test_saved_folder_is_also_a_dense(layer: EmbedFilterLayer, tmp_path: Path) -
     }
     h = torch.randn(4, 24)
     dense = Dense.load(str(tmp_path))
-    assert torch.allclose(dense({"sentence_embedding": h})["sentence_embedding"], apply(layer, h))
+    assert same(dense({"sentence_embedding": h})["sentence_embedding"], apply(layer, h))
     again = EmbedFilterLayer.load(str(tmp_path))
     assert torch.equal(again.projection, layer.projection)
     assert torch.equal(again.singular_values, layer.singular_values)

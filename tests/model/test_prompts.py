@@ -29,7 +29,7 @@ from st_embfilter.model.layer import filter_of
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.prompts import NAMED_TEMPLATES, parse_prompt, recipe_from_dict
 from tests import prompt_tokenizers
-from tests.conftest import DEMO_LM, ROOT, TEXTS
+from tests.conftest import DEMO_LM, ROOT, TEXTS, same
 from tests.prompt_tokenizers import EOS, STYLES
 
 LIMIT = 128
@@ -263,7 +263,7 @@ def test_batch_and_padding_side_do_not_matter(
     loaded = st_embfilter.load(saved, device="cpu", trust_remote_code=plugin)
     for other, side in ((model, "left"), (again, "right"), (again, "left"), (loaded, "right")):
         other.tokenizer.padding_side = side
-        assert np.abs(other.encode(BATCH, batch_size=32) - wanted).max() <= 1e-5
+        assert same(other.encode(BATCH, batch_size=32), wanted)
     model.tokenizer.padding_side = "right"
     assert filter_of(loaded).metadata == filter_of(model).metadata
 
@@ -284,7 +284,7 @@ def test_what_is_pooled(demo: tuple[str, SentenceTransformer]) -> None:
                 hidden = bare(torch.tensor([rows])).last_hidden_state[0]
                 copies = len(alone(tokenizer, text)) + 1  # and the closing EOS
                 pooled = hidden[-copies:].mean(0) if name == "echo" else hidden[-1]
-        assert np.abs((projection @ pooled).numpy() - embedding).max() <= 1e-5
+        assert same((projection @ pooled).numpy(), embedding)
 
 
 def test_a_prompt_in_a_prompt_is_an_error(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_meta_eol_is_the_mean_of_prompt_eol() -> None:
         ).encode(TEXTS)
 
     parts = [encode(template) for template in META.templates]
-    assert np.abs(np.mean(parts, axis=0) - encode(META)).max() <= 1e-5
+    assert same(np.mean(parts, axis=0), encode(META))
     assert np.abs(parts[0] - parts[1]).max() > 0.1
 
 
@@ -318,14 +318,14 @@ def test_task_prompts_go_to_the_front_of_the_text(
     name, model = demo
     wanted = model.encode(["Task: light", "Task: a cup of tea"])
     texts = ["light", "a cup of tea"]
-    assert np.abs(model.encode(texts, prompt="Task: ") - wanted).max() <= 1e-5
+    assert same(model.encode(texts, prompt="Task: "), wanted)
     assert np.abs(model.encode(texts) - wanted).max() > 0.1
     model.prompts["query"] = "Task: "
     saved = st_embfilter.save_pretrained(model, tmp_path / "saved")
     again = SentenceTransformer(
         str(saved), device="cpu", trust_remote_code=name in ("echo", "metaeol")
     )
-    assert np.abs(again.encode(texts, prompt_name="query") - wanted).max() <= 1e-5
+    assert same(again.encode(texts, prompt_name="query"), wanted)
 
 
 def test_max_seq_length_may_change_later() -> None:
@@ -385,7 +385,7 @@ def test_plugin_form_needs_no_install(
     for name, line in zip(names, run.stdout.splitlines(), strict=True):
         ours = samples["qwen2", name].model.encode(EDGES)
         for theirs in json.loads(line):
-            assert np.abs(np.array(theirs) - ours).max() <= 1e-5
+            assert same(np.array(theirs), ours)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from st_embfilter.saved.push import validate_folder
 from st_embfilter.saved.verify import verify
 from st_embfilter.spectrum.band import Band
 from st_embfilter.unembedding.source import open_unembedding
-from tests.conftest import MakeLM, word_tokenizer
+from tests.conftest import FLOAT32, MakeLM, same, word_tokenizer
 
 #: Ten thousand different-looking words in a fixed order.
 LONG = " ".join(f"w{(i * i + 7 * i) % 180}" for i in range(10_000))
@@ -57,7 +57,7 @@ def test_the_folder_is_the_arithmetic_by_hand(
     scale = 32**0.5 if model_type == "gemma3_text" else 1
     expected = by_hand(folder, tokenizer, TEXTS, scale)
     found = plain.encode(TEXTS)
-    assert np.abs(found - expected).max() <= 1e-5
+    assert same(found, expected)
     assert not found[2].any()
     short = SentenceTransformer(str(saved), device="cpu", truncate_dim=4).encode(TEXTS)
     assert np.array_equal(short, found[:, :4])
@@ -79,6 +79,7 @@ def test_half_precision_unless_asked_otherwise(make_lm: MakeLM, tmp_path: Path) 
     assert table.shape == (200, 16)
     expected = by_hand(folder, model[0].tokenizer, TEXTS[:4])
     found = SentenceTransformer(str(saved), device="cpu").encode(TEXTS[:4])
+    # The mean of rows whose entries are rounded to 11 bits, and are longer than it by a few times.
     assert np.abs(found - expected).max() <= 2**-9 * np.abs(expected).max()
     assert not (saved / "config.json").exists()  # model2vec would take it for its own
 
@@ -94,9 +95,11 @@ def test_calibration_folds_exactly(make_lm: MakeLM) -> None:
     model = st_embfilter.from_causal_lm(folder, calibrate=CALIBRATION, normalize=True, **options)
     bare = SentenceTransformer(modules=[model[0]], device="cpu")
     embeddings = bare.encode(CALIBRATION).astype(np.float64)
-    assert np.abs(embeddings.mean(axis=0)).max() <= 1e-4 * np.abs(embeddings).max()
+    # What float32 leaves of a vector, through a map with a condition number up to 100.
+    limit = 100 * FLOAT32 * np.linalg.norm(embeddings, axis=1).max()
+    assert np.abs(embeddings.mean(axis=0)).max() <= limit
     lengths = np.linalg.norm(model.encode(CALIBRATION), axis=1)
-    assert np.abs(lengths - 1).max() <= 1e-6
+    assert same(lengths, np.ones_like(lengths))
     metadata = static_metadata(model)
     assert metadata is not None
     assert metadata.calibration is not None

@@ -441,7 +441,7 @@ def test_the_whole_way(hub: LocalHub, tmp_path: Path) -> None:
         print(json.dumps(model.encode({TEXTS!r}).tolist()))
         """,
     )
-    assert np.abs(np.array(json.loads(ours)) - np.array(json.loads(theirs))).max() <= 1e-5
+    assert same(np.array(json.loads(ours)), np.array(json.loads(theirs)))
     assert np.array(json.loads(theirs)).shape == (len(TEXTS), 128)
     copied = ("config.json", "model.safetensors", "tokenizer.json")
     for name in copied:

@@ -75,7 +75,7 @@ def test_plain_sentence_transformers_in_a_process_without_us(saved_demo: Path) -
     )
     theirs = np.array(json.loads(run.stdout), dtype=np.float32)
     ours = st_embfilter.load(saved_demo, device="cpu").encode(TEXTS)
-    assert np.abs(theirs - ours).max() <= 1e-5
+    assert same(theirs, ours)
 
 
 def test_a_trained_backbone_is_not_replaced_by_its_source(make_lm: MakeLM, tmp_path: Path) -> None:

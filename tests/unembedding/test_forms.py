@@ -25,7 +25,7 @@ from st_embfilter.model.backbone import load_backbone
 from st_embfilter.unembedding.matrix import Unembedding
 from st_embfilter.unembedding.source import Source, open_unembedding, unembedding_of_model
 from tests.architectures import save_tiny, tiny_config, tiny_model
-from tests.conftest import MakeLM, same, sine, word_tokenizer
+from tests.conftest import FLOAT32, MakeLM, same, sine, word_tokenizer
 
 HEAD = "lm_head.weight"
 TEXTS = ["the cup of tea", "a glacier is in the light", "sugar rates"]
@@ -103,7 +103,7 @@ def test_eight_bit_integers_of_bitsandbytes(make_lm: MakeLM) -> None:
     integers = (weight / row_maxima[:, None] * 127).round().to(torch.int8)
     rewrite(folder, lambda weights: weights.update({HEAD: integers, "lm_head.SCB": row_maxima}))
     found = read(open_unembedding(folder))
-    assert float((found - weight).abs().max() / row_maxima.max()) <= 0.5 / 127 * 1.001
+    assert float((found - weight).abs().max() / row_maxima.max()) <= 0.5 / 127 * (1 + FLOAT32)
 
 
 def test_plain_fp8_without_scales(make_lm: MakeLM) -> None:
@@ -272,11 +272,11 @@ def test_an_adapter_is_merged_and_survives_publishing(
 
     model = build("adapter")
     expected = build("merged").encode(TEXTS)
-    assert same(model.encode(TEXTS), expected, 1e-5)
+    assert same(model.encode(TEXTS), expected)
     assert not same(build("lm").encode(TEXTS), expected, 1e-2)
     folder = st_embfilter.save_pretrained(model, tmp_path / "portable")
     plain = SentenceTransformer(str(folder), device="cpu")
-    assert same(plain.encode(TEXTS), expected, 1e-5)
+    assert same(plain.encode(TEXTS), expected)
     assert not list(folder.glob("adapter*"))
 
     unmerged = SentenceTransformer(
@@ -305,7 +305,9 @@ def write_gguf(path: Path, tensors: dict[str, tuple[np.ndarray, str]]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "tolerance"), [("F32", 0.0), ("F16", 1e-3), ("BF16", 1e-2), ("Q8_0", 0.02)]
+    # Half of the last of 24, 11 and 8 bits; half a step of 127 to the largest of 32 values.
+    ("kind", "tolerance"),
+    [("F32", 0.0), ("F16", 2.0**-11), ("BF16", 2.0**-8), ("Q8_0", 0.5 / 127 + 2.0**-11)],
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_gguf(tmp_path: Path, kind: str, tolerance: float, tied: bool) -> None:
@@ -319,10 +321,13 @@ def test_gguf(tmp_path: Path, kind: str, tolerance: float, tied: bool) -> None:
         found = open_unembedding(source)
         assert (found.tied, found.model_id) == (tied, "tiny.gguf")
         assert found.stored.shape == (80, 64)
-        assert float((read(found).float() - torch.from_numpy(head)).abs().max()) <= tolerance * 4
+        assert (
+            float((read(found).float() - torch.from_numpy(head)).abs().max())
+            <= tolerance * abs(head).max()
+        )
     layer = st_embfilter.build_filter(path, show_progress_bar=False)
     exact = st_embfilter.build_filter(read(found))
-    assert sine(layer.projection, exact.projection) <= 1e-6
+    assert sine(layer.projection, exact.projection) <= FLOAT32
 
 
 def test_gguf_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,10 +380,10 @@ def test_an_embedding_model_on_a_decoder(make_lm: MakeLM, tmp_path: Path, tied: 
         .T
     )
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    assert same(model.encode(TEXTS, prompt_name="query"), expected, 1e-4)
+    assert same(model.encode(TEXTS, prompt_name="query"), expected)
     folder = st_embfilter.save_pretrained(model, tmp_path / "portable")
     plain = SentenceTransformer(str(folder), device="cpu")
-    assert same(plain.encode(TEXTS, prompt_name="query"), expected, 1e-4)
+    assert same(plain.encode(TEXTS, prompt_name="query"), expected)
 
 
 # Heads --------------------------------------------------------------------------------------------
@@ -483,7 +488,7 @@ def test_processor_files_travel(tmp_path: Path) -> None:
     folder = st_embfilter.save_pretrained(model, tmp_path / "portable")
     assert (folder / "processor_config.json").is_file()
     plain = SentenceTransformer(str(folder), device="cpu")
-    assert same(plain.encode(TEXTS), model.encode(TEXTS), 1e-5)
+    assert same(plain.encode(TEXTS), model.encode(TEXTS))
 
 
 def test_a_missing_processor_is_one_sentence(tmp_path: Path) -> None:
@@ -557,4 +562,4 @@ def test_remote_code_runs_only_when_trusted(
     )
     portable = st_embfilter.save_pretrained(model, tmp_path / "portable")
     plain = SentenceTransformer(str(portable), device="cpu", trust_remote_code=True)
-    assert same(plain.encode(TEXTS), model.encode(TEXTS), 1e-5)
+    assert same(plain.encode(TEXTS), model.encode(TEXTS))
