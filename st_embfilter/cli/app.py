@@ -156,6 +156,7 @@ Keep = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, mps. (default: the best)", callback=check_device)
 ]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from st_embfilter.cli.app import Device, Quiet, RemoteCode, app, out, quiet_libraries
+from st_embfilter.cli.app import Device, Quiet, RemoteCode, Revision, app, out, quiet_libraries
 from st_embfilter.errors import BackboneError
 from st_embfilter.text import reading
 
@@ -27,6 +27,7 @@ def bench(
     hnsw: Annotated[bool, typer.Option(help="Also approximate search.")] = True,
     batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
     device: Device = None,
+    revision: Revision = None,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
@@ -44,7 +45,7 @@ def bench(
     from st_embfilter.saved.load import load
     from st_embfilter.unembedding.source import Source
 
-    source = Source(model, trust_remote_code=trust_remote_code)
+    source = Source(model, revision, trust_remote_code=trust_remote_code)
     if find_filter(source) is not None:
         loaded = load(source, device=device)
     else:

@@ -14,6 +14,7 @@ from st_embfilter.cli.app import (
     Model,
     Quiet,
     RemoteCode,
+    Revision,
     app,
     check_device,
     describe,
@@ -67,7 +68,7 @@ def build(
     max_seq_length: Annotated[
         int, typer.Option(help="Longest text in tokens.", min=1, metavar="N")
     ] = 512,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    revision: Revision = None,
     masked_lm: Annotated[
         bool, typer.Option("--masked-lm", help="Take a masked LM; outside the paper.")
     ] = False,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from st_embfilter.cli.app import Quiet, app, out, parse_keep, quiet_libraries
+from st_embfilter.cli.app import Quiet, Revision, app, out, parse_keep, quiet_libraries
 
 _WHAT = "What is written"
 _WHERE = "Where it runs"
@@ -82,6 +82,7 @@ def encode(
     gpus: Annotated[
         float, typer.Option(help="Share of a GPU for each.", min=0.0, rich_help_panel=_WHERE)
     ] = 0.0,
+    revision: Revision = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the checkpoint's code run.")
     ] = False,
@@ -91,9 +92,10 @@ def encode(
     keeps, bounds = [parse_keep(width) for width in dims or ()], _workers(workers)
     quiet_libraries(model, quiet)
     from st_embfilter.corpus.encode import encode_corpus
+    from st_embfilter.unembedding.source import Source
 
     done = encode_corpus(
-        model,
+        Source(model, revision, trust_remote_code=trust_remote_code),
         inputs,
         output,
         text=text,
@@ -111,7 +113,6 @@ def encode(
         address=address,
         workers=bounds,
         gpus=gpus,
-        trust_remote_code=trust_remote_code,
         show_progress_bar=not quiet,
     )
     bad = f", {done.bad:,} bad rows in _bad-*.jsonl" if done.bad else ""

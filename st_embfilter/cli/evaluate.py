@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from st_embfilter.cli.app import Device, Quiet, RemoteCode, app, out, parse_keep, quiet_libraries
+from st_embfilter.cli.app import (
+    Device,
+    Quiet,
+    RemoteCode,
+    Revision,
+    app,
+    out,
+    parse_keep,
+    quiet_libraries,
+)
 from st_embfilter.cli.tables import print_results, print_search
 
 if TYPE_CHECKING:
@@ -104,6 +113,7 @@ def evaluate(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no raw vectors.")] = False,
     batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
     device: Device = None,
+    revision: Revision = None,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
@@ -136,6 +146,7 @@ def evaluate(
         normalize=normalize,
         max_seq_length=max_seq_length,
         device=device,
+        revision=revision,
         trust_remote_code=trust_remote_code,
         folded=any(name.partition(":")[0] == FOLDED for name in band or ()),
         show_progress_bar=not quiet,

@@ -7,22 +7,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from st_embfilter.cli.app import app, describe, escape, out, quiet_libraries
+from st_embfilter.cli.app import Revision, app, describe, escape, out, quiet_libraries
 
 if TYPE_CHECKING:
     from st_embfilter.model.layer import EmbedFilterLayer
     from st_embfilter.model.metadata import FilterMetadata
+    from st_embfilter.unembedding.source import Source
 
 
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a filtered model.")],
+    revision: Revision = None,
 ) -> None:
     """Show backbone, window, spectrum and hashes of a filtered model."""
     quiet_libraries(model, quiet=False)
     from st_embfilter.model.prompts import describe_recipe, recipe_from_dict
+    from st_embfilter.unembedding.source import Source
 
-    layer, metadata = _open(model)
+    opened = Source(model, revision)
+    layer, metadata = _open(opened)
     prompt = metadata.prompt
     source = metadata.provenance
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -38,7 +42,7 @@ def inspect(
         **({} if layer is None else _spectrum_rows(layer)),
         "Calibration": _calibration(metadata),
         "Prompt": describe_recipe(recipe_from_dict(prompt) if prompt else None),
-        **_pipeline_rows(model),
+        **_pipeline_rows(opened),
         "Versions": ", ".join(f"{k} {v}" for k, v in metadata.versions.items()),
     }
     for name, value in rows.items():
@@ -46,17 +50,16 @@ def inspect(
     out.print(table, highlight=False)
 
 
-def _open(model: str) -> tuple[EmbedFilterLayer | None, FilterMetadata]:
+def _open(source: Source) -> tuple[EmbedFilterLayer | None, FilterMetadata]:
     """The filter and its metadata; of a static model, whose filter is folded away, those alone."""
     from st_embfilter.model.find import find_filter
     from st_embfilter.saved.load import load_filter
-    from st_embfilter.unembedding.source import Source
 
-    found = find_filter(Source(model))
+    found = find_filter(source)
     depth = None if found is None else found.metadata.depth
     if found is not None and depth is not None and depth.layers == 0:
         return None, found.metadata
-    layer = load_filter(model)
+    layer = load_filter(source)
     return layer, layer.metadata
 
 
@@ -70,14 +73,12 @@ def _depth_rows(metadata: FilterMetadata) -> dict[str, str]:
     return {"Depth": f"0 of {depth.of} blocks: a table of token embeddings{weights}"}
 
 
-def _pipeline_rows(model: str) -> dict[str, str]:
+def _pipeline_rows(source: Source) -> dict[str, str]:
     """What happens around the filter; nothing for a filter alone."""
     from st_embfilter.model.find import find_filter
     from st_embfilter.model.metadata import METADATA_FILE
     from st_embfilter.saved.card_facts import facts_of_files
-    from st_embfilter.unembedding.source import Source
 
-    source = Source(model)
     found = find_filter(source)
     if found is None or found.form == "alone":
         return {}

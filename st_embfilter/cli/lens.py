@@ -13,6 +13,7 @@ from st_embfilter.cli.app import (
     Layers,
     Quiet,
     RemoteCode,
+    Revision,
     app,
     err,
     escape,
@@ -75,7 +76,7 @@ def lens(
         Path | None, typer.Option(help="Write a Markdown section for the model card.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    revision: Revision = None,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
 ) -> None:

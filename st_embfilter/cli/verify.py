@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from st_embfilter.cli.app import Quiet, app, escape, out, quiet_libraries, text_lines
+from st_embfilter.cli.app import Quiet, Revision, app, escape, out, quiet_libraries, text_lines
 from st_embfilter.text import shown
 
 #: Exit code where nothing failed, but not everything was proven.
@@ -33,7 +33,7 @@ def verify(
     base: Annotated[
         str | None, typer.Option(help="Language model of a filter alone, if it is on no Hub.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    revision: Revision = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow code of the model to run.")
     ] = False,

@@ -119,14 +119,14 @@ def read_saved(files: ModelFiles, *, trust_remote_code: bool = False) -> EmbedFi
     return layer
 
 
-def load_filter(path: str | os.PathLike[str], **options: Any) -> EmbedFilterLayer:
+def load_filter(path: str | os.PathLike[str] | Source, **options: Any) -> EmbedFilterLayer:
     """Loads the filter of a saved model without its backbone, or a filter alone.
 
     Args:
-        path: Folder or Hub id, in any form.
+        path: Folder or Hub id, in any form, or a `Source`.
         **options: Attributes of `Source`.
 
     Raises:
         FormatError: If there is no filter, or its files contradict each other.
     """
-    return read_filter(Source(os.fspath(path), **options).files)
+    return read_filter(Source.of(path, **options).files)

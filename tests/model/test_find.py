@@ -99,19 +99,33 @@ def test_a_prompt_is_not_put_in_twice(
 def test_the_lens_and_verify_read_a_filtered_model_on_the_hub(
     forms: dict[str, Path], hub: LocalHub
 ) -> None:
-    commit = hub.add("org/model", forms["portable"])
+    commit = hub.add("org/model", forms["portable"], private=True)
     hub.add("org/model", {"README.md": b"gone"})
-    opened, unembedding = open_model("org/model", revision=commit, device="cpu")
+    opened, unembedding = open_model("org/model", revision=commit, token=TOKEN, device="cpu")
     assert filter_of(opened).metadata.k == 8
     assert unembedding.d == 32
-    assert not [c for c in verify("org/model", revision=commit) if c.passed is False]
-    assert st_embfilter.load("org/model", revision=commit, device="cpu")[2].out_features == 8
+    found = verify("org/model", revision=commit, token=TOKEN, rebuild=True)
+    assert {check.passed for check in found} == {True}
+    found = verify("org/model", token=TOKEN)
+    assert [(check.name, check.passed) for check in found] == [("files", False)]
+    loaded = st_embfilter.load("org/model", revision=commit, token=TOKEN, device="cpu")
+    assert loaded[2].out_features == 8
 
 
+@pytest.mark.parametrize("pinned", [False, True])
 def test_commands_read_a_filtered_model_on_the_hub(
-    forms: dict[str, Path], hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    forms: dict[str, Path],
+    hub: LocalHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pinned: bool,
 ) -> None:
-    hub.add("org/model", forms["portable"])
+    commit = hub.add("org/model", forms["portable"], private=pinned)
+    revision = []
+    if pinned:  # the filter is in no branch any more, and asks for a token
+        hub.add("org/model", forms["lm"])
+        revision = ["--revision", commit]
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pairs = tmp_path / "pairs.csv"
     rows = [f"the light w{i},a cup of w{i * i % 97},{i}" for i in range(40)]
@@ -125,12 +139,14 @@ def test_commands_read_a_filtered_model_on_the_hub(
         (["lens", "org/model", "the light"], "8 of 32 dimensions"),
         (["eval", "org/model", "--sts", pairs, "-o", out, "--no-cache", "--quiet"], "bulk"),
         (["bench", "org/model", "--texts", texts, "--no-hnsw", "--quiet"], "recall@10"),
+        (["encode", "org/model", texts, "-o", tmp_path / "vectors", "--quiet"], "120 vectors"),
     ):
-        run = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        run = CliRunner().invoke(app, [str(argument) for argument in [*arguments, *revision]])
         assert run.exit_code == 0, run.output
         assert said in run.output
     row = json.loads(out.read_text().splitlines()[0])
     assert (row["prompt"], row["pooling"], row["normalize"]) == ("prompteol", "lasttoken", True)
-    run = CliRunner().invoke(app, ["build", "org/model", "-o", str(tmp_path / "again")])
+    again = ["build", "org/model", "-o", str(tmp_path / "again"), *revision]
+    run = CliRunner().invoke(app, again)
     assert run.exit_code == 1
     assert "got a filtered model with a prompt" in " ".join(run.output.split())
