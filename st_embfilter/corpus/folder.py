@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from st_embfilter.corpus.shard import NPY, Settings, Shard
 from st_embfilter.errors import CorpusError, OutputError, WorkerError
+from st_embfilter.text import read_json, reading
 
 try:
     import fcntl
@@ -101,9 +102,10 @@ class Folder:
             ) from error
 
     def _read_manifest(self) -> None:
-        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        self._check(manifest["settings"])
-        self.rows, self.bad = manifest["rows"], manifest["bad"]
+        with reading(self.path / MANIFEST, OutputError, "be as it was written"):
+            manifest = read_json((self.path / MANIFEST).read_bytes(), MANIFEST, OutputError)
+            self._check(manifest["settings"])
+            self.rows, self.bad = int(manifest["rows"]), int(manifest["bad"])
         self.complete = True
 
     def _open_journal(self) -> None:
@@ -126,18 +128,19 @@ class Folder:
         content = self._journal.read()
         whole = content.rfind(b"\n") + 1  # a line that was being written is dropped
         self._journal.truncate(whole)
-        lines = [json.loads(line) for line in content[:whole].splitlines()]
-        if not lines:
+        if not whole:
             self._append({"settings": self.settings.as_json()})
-        else:
-            self._check(lines[0]["settings"])
-        for line in lines[1:]:
-            if "ranges" in line:
-                self.ranges = np.array(line["ranges"], np.float32)
-            else:
-                shard = Shard.of_json(line)
-                if all(self._size(name) == size for name, (size, _) in shard.files.items()):
-                    self.shards[shard.number] = shard
+        with reading(path, OutputError, "be as it was written"):
+            for number, found in enumerate(content[:whole].splitlines(), 1):
+                line = read_json(found, f"{path}, line {number}:", OutputError)
+                if number == 1:
+                    self._check(line["settings"])
+                elif "ranges" in line:
+                    self.ranges = np.array(line["ranges"], np.float32)
+                else:
+                    shard = Shard.of_json(line)
+                    if all(self._size(name) == size for name, (size, _) in shard.files.items()):
+                        self.shards[shard.number] = shard
         for folder in (self.path, self.path / NPY):
             for left in folder.glob(".shard-*.tmp"):
                 left.unlink()

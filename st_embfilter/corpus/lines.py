@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from typing import IO, Final
 
 from st_embfilter.errors import CorpusError
+from st_embfilter.text import read_json
 
 #: Bytes that are read at a time.
 BLOCK: Final = 1 << 20
@@ -35,10 +35,10 @@ def records_of(
             if not content.strip():
                 yield None, None, BLANK, len(line)  # a line, and no row
                 continue
-            record = json.loads(content.decode())
+            record = read_json(content.decode(), "row", CorpusError)
         except UnicodeDecodeError:
             yield None, None, "broken UTF-8", len(line)
-        except (ValueError, RecursionError):
+        except CorpusError:
             yield None, None, "no JSON", len(line)
         else:
             key = None if id_ is None else _nested(record, id_)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 import st_embfilter
 from st_embfilter.cli.app import TRACEBACK, app, err
+from st_embfilter.corpus.folder import Folder
 from st_embfilter.errors import EmbedFilterError
 from st_embfilter.text import reading
 from tests.conftest import tiny_lm
@@ -62,6 +63,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [json.dumps({"_id": f"{i}", "text": t}) for i, t in enumerate(texts)]
         (beir / f"{name}.jsonl").write_text("\n".join(rows))
     (beir / "qrels" / "test.tsv").write_text("\n".join(f"{i}\t{i}\t1" for i in range(20)))
+    files = {"saved": place / "saved", "texts": place / "texts.txt", "vectors": place / "vectors"}
+    finish = Folder.finish
+
+    def kept(folder: Folder) -> None:  # as if killed before the last step
+        shutil.copytree(folder.path, place / "unfinished")
+        finish(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Folder, "finish", kept)
+        assert cli(*(word.format(**files) for word in ENCODE)).exit_code == 0
     torch.manual_seed(0)
     return place
 
@@ -91,10 +102,17 @@ def check(result: Result, *codes: int) -> str:
 
 #: Files of a place, and the commands that read them.
 EVAL = ("eval", "{lm}", "--no-baselines", "--keep", "4", "--no-cache", "-q")
+FOLDERS = ("lm", "saved", "beir", "vectors", "unfinished")
+ENCODE = ("encode", "{saved}", "{texts}", "-o", "{vectors}", "--shard-rows", "16", "-q")
 READERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "pairs.csv": ((*EVAL, "--sts", "{file}"),),
     "texts.txt": ((*EVAL, "--clustering", "{file}"), ("bench", "{lm}", "--texts", "{file}", "-q")),
-    "corpus.jsonl": (("lens", "{lm}", "--corpus", "{file}", "--column", "text", "-q"),),
+    "corpus.jsonl": (
+        ("lens", "{lm}", "--corpus", "{file}", "--column", "text", "-q"),
+        ("encode", "{saved}", "{file}", "-o", "{out}", "--id", "text", "-q"),
+    ),
+    "vectors/_manifest.json": (ENCODE,),
+    "unfinished/_journal.jsonl": ((*ENCODE[:4], "{unfinished}", *ENCODE[5:]),),
     "beir/corpus.jsonl": ((*EVAL, "--retrieval", "{beir}"),),
     "beir/queries.jsonl": (("bench", "{lm}", "--retrieval", "{beir}", "-q", "--no-hnsw"),),
     "pairs.csv.gz": ((*EVAL, "--sts", "{file}"),),
@@ -134,13 +152,15 @@ READERS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 @pytest.mark.filterwarnings("ignore")  # other libraries warn before they fail
 @pytest.mark.parametrize("name", READERS)
-def test_noise_in_a_file(name: str, copy: Path) -> None:
+def test_noise_in_a_file(name: str, place: Path, copy: Path) -> None:
     """Each kind of noise, and bytes flipped at random places."""
     file = copy / name
     good = file.read_bytes() if file.exists() else b'{"task": "a", "score": 1}\n'
     rng = random.Random(name)
-    paths = {"file": file, "out": copy / "out", "texts": copy / "texts.txt"}
-    paths |= {folder: copy / folder for folder in ("lm", "saved", "beir")}
+    paths = {"file": file, "out": copy / "out", "texts": place / "texts.txt"}
+    paths |= {folder: copy / folder for folder in FOLDERS}
+    folder = name.split("/", maxsplit=1)[0]
+    written = folder if folder in ("vectors", "unfinished") else "out"
     kinds = rng.sample(sorted(NOISE), 5) if name.startswith(("saved/", "lm/")) else sorted(NOISE)
     failed = 0
     for kind in [*kinds, "flips", "flips"]:
@@ -156,8 +176,19 @@ def test_noise_in_a_file(name: str, copy: Path) -> None:
             said = check(result, 0, 1, 2)
             failed += result.exit_code != 0
             assert result.exit_code == 0 or "rror" in said or "FAILED" in said, (kind, said)
-            shutil.rmtree(copy / "out", ignore_errors=True)
+            shutil.rmtree(copy / written, ignore_errors=True)
+            if written != "out":
+                shutil.copytree(place / written, copy / written)
     assert failed or name == "saved/README.md", "the noise was seen by none"
+
+
+def test_a_run_that_was_interrupted_goes_on(place: Path, copy: Path) -> None:
+    """What the noise above is put into is good."""
+    paths = {"saved": copy / "saved", "texts": place / "texts.txt"}
+    for folder in ("vectors", "unfinished"):
+        command = (word.format(**paths, vectors=copy / folder) for word in ENCODE)
+        assert "40 vectors" in check(cli(*command), 0)
+    assert (copy / "unfinished" / "_manifest.json").exists()
 
 
 @pytest.mark.parametrize(
