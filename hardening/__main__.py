@@ -23,7 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 ROOT = Path(__file__).parents[1]
 
 #: What pytest runs: the table of hostile models, the fuzzers, folders, verification, use, bytes.
-TESTS = ("hostile", "fuzz", "staging", "verify", "use", "determinism")
+TESTS = ("hostile", "strangers", "fuzz", "staging", "verify", "checks", "use", "determinism")
 
 PAGE = ROOT / "docs" / "hardening.md"
 TEXT = """\
@@ -36,7 +36,9 @@ Written by `make hardening HARDENING=--write`.
 ```
 
 - **inputs**: malformed and malicious checkpoints, filters and saved models (`tests/hostile.py`).
-  Each must end in one error of the library, write nothing and run no code.
+  Each must end in one error of the library, write nothing and run no code. *Attacks*: changes to a
+  good folder that still loads, or nearly does (`tests/saved/test_verify.py`); `verify` must find
+  each.
 - **crashes**: processes that save over a model, build one or push one, killed by SIGKILL at a
   random moment. The folder, or the repository of a local Hub, must then hold the old model or the
   complete new one. *had written*: the kill found another model than the one before. The next save
@@ -126,7 +128,8 @@ def main() -> int:
         f"{action} {killed[action + ' killed']}" for action in ("save", "build", "push")
     )
     rows = {
-        "inputs tried": f"{models['tried']} hostile models ({models['refused']} refused)"
+        "inputs tried": f"{models['tried']} hostile models ({models['refused']} refused), "
+        f"{models['attacks']} attacks on a good one ({models['found by verify']} found by verify)"
         + (f", {results['fuzz'][0]} fuzzers of {FUZZ.max_examples}" if results else ""),
         "tests passed": f"{sum(good for good, _ in results.values())}: "
         + ", ".join(f"{name} {good}" for name, (good, _) in results.items()),

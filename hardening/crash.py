@@ -23,8 +23,8 @@ from st_embfilter.files.staging import staged
 from tests.conftest import contents, tiny_lm
 from tests.hub_server import TOKEN, LocalHub
 
-#: Seconds; a save takes a hundredth of one, a build and a push a tenth.
-LONGEST = 0.3
+#: Of the time that a build with its save takes on this machine: the longest before a kill.
+LONGEST = 3.0
 
 #: Forks a worker for each line "action target" that it reads, so that imports are paid for once.
 FORKER = """
@@ -79,6 +79,14 @@ def prepare(place: Path) -> set[str]:
     return {digest(contents(place / name)) for name in ("one", "two")}
 
 
+def seconds_of_a_build(place: Path) -> float:
+    """What a build and its save take, once everything is imported."""
+    start = time.perf_counter()
+    model = st_embfilter.from_causal_lm(place / "lm", device="cpu", show_progress_bar=False)
+    st_embfilter.save_pretrained(model, place / "timed")
+    return time.perf_counter() - start
+
+
 def start(place: Path, endpoint: str) -> subprocess.Popen[str]:
     """The process that forks workers, with a Hub of this machine."""
     env = {
@@ -102,14 +110,14 @@ def start(place: Path, endpoint: str) -> subprocess.Popen[str]:
     )
 
 
-def kill_at_random(forker: subprocess.Popen[str], action: str, target: str) -> bool:
-    """One worker, killed within `LONGEST` of its start; whether the kill is what ended it."""
+def kill_at_random(forker: subprocess.Popen[str], action: str, target: str, longest: float) -> bool:
+    """One worker, killed within that many seconds; whether the kill is what ended it."""
     assert forker.stdin is not None
     assert forker.stdout is not None
     forker.stdin.write(f"{action} {target}\n")
     forker.stdin.flush()
     worker = int(forker.stdout.readline())
-    time.sleep(random.uniform(0.0, LONGEST))
+    time.sleep(random.uniform(0.0, longest))
     os.kill(worker, signal.SIGKILL)
     return int(forker.stdout.readline()) == signal.SIGKILL
 
@@ -125,6 +133,7 @@ def crashes(count: int) -> Counter[str]:
     place = Path(tempfile.mkdtemp(prefix="st-embfilter-crash-"))
     try:
         whole = prepare(place)
+        longest = LONGEST * seconds_of_a_build(place)
         with LocalHub().running() as hub:
             forker = start(place, hub.url)
             for turn in range(count):
@@ -132,7 +141,7 @@ def crashes(count: int) -> Counter[str]:
                 target = place / "targets" / action
                 before = digest(contents(target)) if target.exists() else ""
                 where = "me/crash" if action == "push" else str(target)
-                by_kill = kill_at_random(forker, action, where)
+                by_kill = kill_at_random(forker, action, where, longest)
                 found[f"{action} killed" if by_kill else f"{action} failed"] += 1
                 if action == "push":
                     files = hub.repos["me/crash"].files if "me/crash" in hub.repos else {}

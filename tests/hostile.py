@@ -407,6 +407,17 @@ def spectrum(values: torch.Tensor, name: str = "singular_values") -> Change:
     return lambda folder: save_file({name: values}, folder / file)
 
 
+#: Of no model here.
+CALIBRATION = {
+    "source": "texts",
+    "texts": 40,
+    "sha256": "0" * 64,
+    "strength": 1.0,
+    "shrinkage": 0.1,
+    "seed": None,
+}
+
+
 def saved(
     name: str,
     change: Change,
@@ -418,6 +429,13 @@ def saved(
 
 
 DEEP = "[" * 100_000
+
+LAYER = "model.layers.0.mlp.up_proj.weight"
+
+
+def embedded(name: str, change: Change, says: str) -> Hostile:
+    return Hostile(name, change, says, EmbedFilterError, "embed")
+
 
 CHECKPOINTS = [
     # The start of a safetensors file.
@@ -652,6 +670,48 @@ CHECKPOINTS = [
         how="embed",
         error=EmbedFilterError,
     ),
+    embedded("tokenizer nested deeply", write("tokenizer.json", DEEP), ""),
+    embedded("settings nested deeply", write("tokenizer_config.json", DEEP), "recursion"),
+    embedded("settings that are a list", write("tokenizer_config.json", "[]"), "list"),
+    # The layers, of which transformers would make up what is missing.
+    embedded("a layer without a tensor", weights(lambda t: t.pop(LAYER)), "is not stored"),
+    embedded(
+        "a layer of another shape",
+        weights(lambda t: t.update({LAYER: torch.ones(3, 3)})),
+        "another shape",
+    ),
+    embedded("NaN in a layer", weights(lambda t: t[LAYER].fill_(torch.nan)), "NaN or infinity"),
+    embedded(
+        "one Inf in a layer", weights(lambda t: t[LAYER][2:3, 3].fill_(torch.inf)), "NaN or inf"
+    ),
+    embedded(
+        "no embeddings", weights(lambda t: t.pop("model.embed_tokens.weight")), "is not stored"
+    ),
+    embedded(
+        "an epsilon that is NaN",
+        document("config.json", put("rms_norm_eps", value=float("nan"))),
+        "NaN or infinity for a single token",
+    ),
+    embedded(
+        "an epsilon of -1", document("config.json", put("rms_norm_eps", value=-1.0)), "NaN or inf"
+    ),
+    embedded("an epsilon in words", document("config.json", put("rms_norm_eps", value="x")), ""),
+    embedded("an adapter that is a pickle with code", adapter({}, [Payload()]), "adapter"),
+    embedded("an adapter of a list", adapter({}, [7]), "tensors by name"),
+    embedded("an adapter without a base", adapter({"base_model_name_or_path": ...}), "base_model"),
+    embedded(
+        "an adapter of itself",
+        lambda f: (
+            adapter({})(f),
+            document("adapter_config.json", put("base_model_name_or_path", value=str(f)))(f),
+        ),
+        "",
+    ),
+    embedded(
+        "an adapter whose base has a long name",
+        adapter({"base_model_name_or_path": "x" * 300}),
+        "",
+    ),
 ]
 
 FILTERS = [
@@ -709,6 +769,50 @@ FILTERS = [
     saved("modules say type twice", twice_in("modules.json", "type"), "twice", how="load"),
     saved("modules nested deeply", write("modules.json", DEEP), "levels", how="load"),
     saved("Dense says bias twice", twice_in("2_Dense/config.json", "bias"), "twice", how="load"),
+    saved("dtype twice", twice_in("embfilter.json", "dtype"), "'dtype' twice"),
+    saved("norm is another", meta("filter", "norm", value="evil"), "norm"),
+    saved("norm is a list", meta("filter", "norm", value=["folded"]), "norm must be"),
+    saved("depth is a number", meta("depth", value=3), "depth"),
+    saved("depth of -1", meta("depth", value={"layers": -1, "of": 2}), "depth"),
+    saved("depth beyond all", meta("depth", value={"layers": 10**30, "of": 2}), "depth"),
+    saved(
+        "a strength of 2",
+        meta("calibration", value={**CALIBRATION, "strength": 2}),
+        "strength must be",
+    ),
+    saved("-5 texts", meta("calibration", value={**CALIBRATION, "texts": -5}), "texts >= 1"),
+    saved(
+        "a calibration with a seed of 10^30",
+        meta("calibration", value={**CALIBRATION, "source": "self", "seed": 10**30}),
+        "seed must be",
+    ),
+    saved(
+        "a calibration that is not there",
+        meta("calibration", value=CALIBRATION),
+        "bias|calibrat|weights",
+    ),
+    saved("a list as revision", meta("base_model", "revision", value=["main"]), "revision must be"),
+    saved(
+        "prompts nested deeply",
+        write("config_sentence_transformers.json", DEEP),
+        "must load with",
+        EmbedFilterError,
+        "load",
+    ),
+    saved(
+        "pooling nested deeply",
+        write("1_Pooling/config.json", DEEP),
+        "must load with",
+        EmbedFilterError,
+        "load",
+    ),
+    saved(
+        "pooling is a list",
+        write("1_Pooling/config.json", "[]"),
+        "must load with",
+        EmbedFilterError,
+        "load",
+    ),
     saved("dtype is a function", meta("unembedding", "dtype", value="load"), "dtype must be"),
     saved("dtype is a module", meta("unembedding", "dtype", value="nn"), "dtype must be"),
     saved("dtype is nothing", meta("unembedding", "dtype", value=""), "dtype must be"),
@@ -792,6 +896,10 @@ FILTERS = [
         spectrum(torch.arange(32, dtype=torch.float64)),
         "singular values",
     ),
+    saved("spectrum of integers", spectrum(torch.arange(32).flip(0)), "singular values"),
+    saved("spectrum in fp8", spectrum(torch.ones(32).to(torch.float8_e4m3fn)), "singular values"),
+    saved("spectrum of a matrix", spectrum(torch.ones(32, 1)), "singular values"),
+    saved("spectrum below zero", spectrum(-torch.arange(32.0)), "singular values"),
     saved("spectrum without values", spectrum(torch.ones(32), "x"), "singular values"),
     # modules.json.
     saved("modules is no JSON", write("modules.json", "{"), "must be JSON", how="load"),

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
-from st_embfilter.errors import DepthError
+from st_embfilter.errors import DepthError, OutputError
 from st_embfilter.evaluation.vectors import (
     Vectors,
     VectorStore,
@@ -127,11 +127,13 @@ class _AtDepth(VectorStore):
 
     def _vectors(self, texts: list[str], method: str, prompt: str | None) -> Vectors:
         file = self._depths.file(text_key(texts, method, prompt), self._layers, self._pooling)
-        stored = read(file)
+        stored = read(file, len(texts), self.width)
         if stored is None:
             self._depths.collect(texts, method, prompt)
             self.encoded += len(texts)
-            stored = np.load(file, allow_pickle=False)
+            stored = read(file, len(texts), self.width)
+        if stored is None:
+            raise OutputError(f"a cache must give back what is written to it, got none of {file}")
         return stored
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -27,6 +27,14 @@ CHUNK: Final = 1024
 
 class Encoder(Protocol):
     """What a task needs: texts to vectors."""
+
+    @property
+    def width(self) -> int | None:
+        """Dimensions of a vector, where the model says so."""
+        dimension: Callable[[], int | None] = getattr(
+            self.model, "get_embedding_dimension", lambda: None
+        )
+        return dimension()
 
     def encode(
         self, texts: Sequence[str], *, method: str = "encode", prompt: str | None = None
@@ -74,6 +82,14 @@ class VectorStore:
         if self._folder is not None:
             check_file(self._folder / "vectors.npy")
         self._memory: dict[str, Vectors] = {}
+
+    @property
+    def width(self) -> int | None:
+        """Dimensions of a vector, where the model says so."""
+        dimension: Callable[[], int | None] = getattr(
+            self.model, "get_embedding_dimension", lambda: None
+        )
+        return dimension()
 
     def encode(
         self, texts: Sequence[str], *, method: str = "encode", prompt: str | None = None
@@ -125,7 +141,7 @@ class VectorStore:
         file = None
         if self._folder is not None:
             file = self._folder / f"{text_key(texts, method, prompt)}.npy"
-            stored = read(file)
+            stored = read(file, len(texts), self.width)
             if stored is not None:
                 return stored
         with reading("the model", BackboneError, "embed texts"):
@@ -174,13 +190,22 @@ def _hash(parts: Iterable[str | None]) -> str:
     return digest.hexdigest()
 
 
-def read(file: Path) -> Vectors | None:
-    """Stored vectors; None if they are not there, or damaged."""
+def read(file: Path, rows: int, width: int | None) -> Vectors | None:
+    """Stored vectors; None if they are not there, or damaged: they are then encoded again.
+
+    Args:
+        file: Of numpy.
+        rows: Number of texts.
+        width: Of a vector, where it is known.
+    """
+    if not file.is_file():
+        return None
     try:
         stored: Vectors = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        whole = stored.dtype == np.float32 and stored.shape == (rows, width or stored.shape[-1])
+        return stored if whole and bool(np.isfinite(stored).all()) else None
+    except Exception:  # numpy evaluates the header, and fails in many ways
         return None
-    return stored
 
 
 def write(file: Path, vectors: Vectors) -> None:

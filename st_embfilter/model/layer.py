@@ -25,6 +25,7 @@ from st_embfilter.files.tensors import SAFETENSORS_FILE
 from st_embfilter.files.upload import upload
 from st_embfilter.model.metadata import METADATA_FILE, SPECTRUM_FILE, FilterMetadata
 from st_embfilter.model.modules_file import IDENTITY
+from st_embfilter.text import reading
 
 #: Folders of a filter's weights and of its metadata: in the portable form, in that of
 #: sentence-transformers, and alone.
@@ -390,11 +391,12 @@ def read_filter(files: ModelFiles, folder: str | None = None) -> EmbedFilterLaye
         spectrum_file = files.path(f"{weights_folder}{SPECTRUM_FILE}") or files.path(
             f"{metadata_folder}{SPECTRUM_FILE}"  # where 0.1.0 put it
         )
-        return assemble(
-            _load_file(weights_file),
-            _read_text(metadata_file),
-            None if spectrum_file is None else _load_file(spectrum_file),
-        )
+        with reading(files.where, FormatError, "hold a filter that can be read"):
+            return assemble(
+                _load_file(weights_file),
+                _read_text(metadata_file),
+                None if spectrum_file is None else _load_file(spectrum_file),
+            )
     where = "" if folder is None else f" in {folder!r:.80}, where modules.json places them"
     raise FormatError(
         f"a filtered model must hold {METADATA_FILE} and the weights of its filter{where}, got "
@@ -415,6 +417,7 @@ def _skew(projection: Tensor) -> float:
 def _is_spectrum(values: Tensor, d: int) -> bool:
     return (
         tuple(values.shape) == (d,)
+        and values.dtype in (torch.float32, torch.float64)
         and bool(torch.isfinite(values).all())
         and bool((values >= 0).all())
         and bool((values.diff() <= 0).all())

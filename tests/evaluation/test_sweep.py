@@ -1,9 +1,10 @@
 """Sweeps: one encoding, honest baselines, the scores of saved models, resumable, searchable."""
 
 import csv
+import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ class Stub(torch.nn.Module):
         self.table = table
         self.encoded: list[str] = []
         self.fail_after = math.inf
+
+    def get_embedding_dimension(self) -> int:
+        return D
 
     def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
         if len(self.encoded) + len(texts) > self.fail_after:
@@ -114,8 +118,8 @@ def test_scores_are_those_of_saved_models(saved_demo: Path, tmp_path: Path) -> N
         def __init__(self, folder: Path, dims: int | None = None) -> None:
             self.model = SentenceTransformer(str(folder), truncate_dim=dims, device="cpu")
 
-        def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
-            return self.model.encode(list(texts), show_progress_bar=False)
+    def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+        return self.model.encode(list(texts), show_progress_bar=False)
 
     plain = [Plain(saved_demo), Plain(saved_demo, 64), Plain(tmp_path / "edges")]
     for row, encoder in zip(rows[1:], plain, strict=True):
@@ -393,13 +397,44 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert len(stub.encoded) == len(set(stub.encoded)) == 600
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY nonsense", None])
-def test_a_damaged_cache_file_is_made_anew(tmp_path: Path, damage: bytes | None) -> None:
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def nan(good: np.ndarray) -> np.ndarray:
+    good[3, 5] = np.nan
+    return good
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "nonsense": lambda data: b"\x93NUMPY nonsense",
+    "cut off": lambda data: data[:-100],
+    "header": lambda data: data.replace(b"'shape'", b"'sh\0pe'"),
+    "deep header": lambda data: data[:10] + b"(" * (len(data) - 10),
+    "NaN": lambda data: npy(nan(np.load(io.BytesIO(data)))),
+    "infinity": lambda data: npy(np.full_like(np.load(io.BytesIO(data)), np.inf)),
+    "fewer rows": lambda data: npy(np.load(io.BytesIO(data))[:-1]),
+    "another width": lambda data: npy(np.load(io.BytesIO(data))[:, :-1]),
+    "one axis": lambda data: npy(np.load(io.BytesIO(data))[:, 0]),
+    "a number": lambda data: npy(np.float32(3)),
+    "another dtype": lambda data: npy(np.load(io.BytesIO(data)).astype(np.float64) + 1),
+    "integers": lambda data: npy(np.load(io.BytesIO(data)).astype(np.int64)),
+    "text": lambda data: npy(np.load(io.BytesIO(data)).astype(str)),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_cache_file_is_made_anew(tmp_path: Path, kind: str) -> None:
     raw, rows = planted()
     first = run(raw, [sts(rows)], [Configuration("bulk", 8)], cache=tmp_path)
-    (file,) = tmp_path.rglob("*.npy")
-    file.write_bytes(file.read_bytes()[:-100] if damage is None else damage)
+    files = sorted(tmp_path.rglob("*.npy"))
+    for file in files:
+        file.write_bytes(DAMAGES[kind](file.read_bytes()))
     assert run(raw, [sts(rows)], [Configuration("bulk", 8)], cache=tmp_path) == first
+    assert np.isfinite(np.load(files[0])).all()  # and written anew
 
 
 def test_the_cache_knows_models_apart(make_lm: MakeLM) -> None:

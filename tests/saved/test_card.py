@@ -349,6 +349,8 @@ ROW = {
     [
         ("{", "results.jsonl line 2: must be JSON"),
         ("[]", "results.jsonl line 2: must be a JSON object"),
+        (json.dumps(ROW)[:-1] + ', "task": "other"}', "must be JSON, got the name 'task' twice"),
+        (json.dumps({**ROW, "task": "a\ud800"}), "must be JSON, got half a surrogate pair"),
         (json.dumps({**ROW, "dims": "8"}), "line 2: a result needs a valid 'dims', got '8'"),
         (json.dumps({**ROW, "dims": True}), "line 2: a result needs a valid 'dims', got True"),
         (json.dumps({**ROW, "delta": "x"}), "line 2: a result needs a valid 'delta', got 'x'"),
