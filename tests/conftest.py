@@ -125,7 +125,7 @@ def same(a: Array, b: Array, tolerance: float = FLOAT32) -> bool:
 
     The tolerance is relative to the length of the longest vector, or to 1.
     """
-    a, b = np.asarray(a), np.asarray(b)
+    a, b = (np.asarray(x.detach() if isinstance(x, Tensor) else x) for x in (a, b))
     if a.shape != b.shape:
         return False
     length = max(1.0, float(np.linalg.norm(b, axis=-1).max()))
