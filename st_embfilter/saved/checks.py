@@ -124,7 +124,8 @@ def directions_of(layer: EmbedFilterLayer) -> Tensor:
     """The directions V under a calibrated filter A V, its polar factor, (k, d) float64."""
     rows = layer.projection.detach().to("cpu", torch.float64)
     squares, axes = torch.linalg.eigh(rows @ rows.T)
-    return (axes * squares.rsqrt()) @ axes.T @ rows
+    directions: Tensor = (axes * squares.rsqrt()) @ axes.T @ rows
+    return directions
 
 
 def calibration_error(layer: EmbedFilterLayer, encoding: float) -> float:
