@@ -23,7 +23,7 @@ from st_embfilter.spectrum.whitening import (
     moments,
     texts_hash,
 )
-from tests.conftest import FLOAT32, GRAM64, MakeLM, same
+from tests.conftest import FLOAT32, GRAM64, same
 
 TEXTS = [
     f"{verb} the {noun}"

@@ -1,5 +1,6 @@
 """Texts that a language model writes: repeatable, from the start of a document, and looked at."""
 
+import json
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -14,6 +15,7 @@ from st_embfilter.errors import CalibrationError, SampleWarning
 from st_embfilter.model import sampling
 from st_embfilter.model.sampling import flaws, sample_texts, starts_turn
 from st_embfilter.model.tokenizer import start_token
+from tests.conftest import MakeLM
 
 
 def test_samples_are_repeated_by_their_seed(demo_lm: Path) -> None:
@@ -25,6 +27,18 @@ def test_samples_are_repeated_by_their_seed(demo_lm: Path) -> None:
     assert one != sample_texts(demo_lm, 40, seed=2, max_new_tokens=8, show_progress_bar=False)
     assert len(set(one)) == 40
     assert all(text.strip() for text in one)
+
+
+def test_settings_of_the_checkpoint_do_not_shape_the_texts(make_lm: MakeLM) -> None:
+    """A hundred thousand texts at a time, beams, a cold temperature, a token that comes first."""
+    folder, _ = make_lm()
+    expected = sample_texts(folder, 16, max_new_tokens=4, show_progress_bar=False)
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text())
+    strange = {"num_return_sequences": 100_000, "num_beams": 50, "temperature": 0.01}
+    strange |= {"max_length": 10**9, "min_length": 10**6, "forced_bos_token_id": 9}
+    file.write_text(json.dumps(settings | strange))
+    assert sample_texts(folder, 16, max_new_tokens=4, show_progress_bar=False) == expected
 
 
 def test_a_model_that_only_ends(demo_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
