@@ -86,7 +86,7 @@ def export(
         if from_file:
             width = None if keep is None else parse_keep(keep)
             options |= {"keep": width, "band": band or "bulk", "pooling": pooling or "mean"}
-            k, d = export_gguf(source, gguf, **options)  # type: ignore[arg-type] # checked there
+            k, d = export_gguf(source, gguf, **options)
         else:
             k, d = _gguf_of_folder(source, gguf, weights, options)
     out.print(

@@ -94,11 +94,11 @@ class Folder:
             if isinstance(error, OutputError) and " finished shard" in str(error):
                 raise  # from an inner block
             count = len(self.shards)
+            stay = f"{count} finished shard{' stays' if count == 1 else 's stay'}"
             ours = isinstance(error, CorpusError | WorkerError | OutputError)
             reason = str(error) if ours else f"cannot write {self.path}: {_reason(error)}"
             raise (type(error) if ours else OutputError)(
-                f"{reason}; {count} finished shard{'' if count == 1 else 's'} stay in {self.path}, "
-                "and the same command goes on from there"
+                f"{reason}; {stay} in {self.path}, and the same command goes on from there"
             ) from error
 
     def _read_manifest(self) -> None:

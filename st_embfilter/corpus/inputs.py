@@ -123,13 +123,23 @@ def find_inputs(patterns: Sequence[str | os.PathLike[str]]) -> list[Input]:
             raise CorpusError(f"inputs must exist, got {pattern}, which matches no file")
         local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
         for path, size in zip(paths, sizes, strict=True):
-            url = path if local else fs.unstrip_protocol(path)
-            found.append(_input(url, size))
+            found.append(_input(path if local else _url(pattern, fs, path), size))
     return found
 
 
+def _url(pattern: str, fs: Any, path: str) -> str:
+    """The URL of a path that a pattern matched: with its cache, or the archive that it lies in."""
+    link, chained, rest = pattern.partition("::")
+    scheme, named, _ = link.partition("://")
+    if chained and not named:
+        return f"{link}::{_url(rest, fs, path)}"
+    return f"{scheme}://{path.lstrip('/')}::{rest}" if chained else str(fs.unstrip_protocol(path))
+
+
 def _input(url: str, size: int) -> Input:
-    stem, suffix = os.path.splitext(url)
+    # Of a chain, the first link that names a file: "zip://a.jsonl::s3://bucket/all.zip".
+    name = next((link for link in url.split("::") if "://" in link), url)
+    stem, suffix = os.path.splitext(name)
     codec = _CODECS.get(suffix.lower())
     if codec is not None:
         suffix = os.path.splitext(stem)[1]

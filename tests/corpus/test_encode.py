@@ -3,7 +3,8 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -316,20 +317,87 @@ def test_a_disk_that_fills_up_keeps_the_shards(
 
 
 def test_an_input_that_vanishes_keeps_the_shards(
-    run: Encode, source: Path, monkeypatch: pytest.MonkeyPatch
+    model: SentenceTransformer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = contents(run("whole").path)
-    content = source.read_bytes()
+    second = tmp_path / "second.jsonl"
+    second.write_bytes(source.read_bytes())
+    content, close = second.read_bytes(), ShardWriter.close
 
-    def gone(*_: Any, **__: Any) -> Iterator[Any]:
-        raise FileNotFoundError(2, "No such file or directory")
+    def run(name: str) -> encode.EncodedCorpus:
+        return st_embfilter.encode_corpus(
+            model, [source, second], tmp_path / name, shard_rows=10, show_progress_bar=False
+        )
+
+    whole = contents(run("whole").path)
+
+    def vanishing(self: ShardWriter, *arguments: Any) -> Any:
+        if self.number == 2:
+            second.unlink()
+        return close(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("st_embfilter.corpus.inputs.split_lines", gone)
-        with pytest.raises(CorpusError, match=r"in\.jsonl can no longer be read.*same command"):
-            run()
-    source.write_bytes(content)
+        patch.setattr(ShardWriter, "close", vanishing)
+        with pytest.raises(CorpusError, match=r"second\.jsonl can no longer be read.* 5 finished"):
+            run("parts")
+    assert len(list((tmp_path / "parts").glob("shard-*"))) == 5
+    second.write_bytes(content)
+    assert contents(run("parts").path) == whole
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process as Linux does")
+def test_a_file_that_cannot_grow_keeps_the_shards(
+    run: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system refuses the bytes in the middle of the third shard."""
+    import resource
+
+    whole = contents(run("whole").path)
+    write, (soft, hard) = ShardWriter.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self: ShardWriter, *arguments: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100 if self.number == 2 else soft, hard))
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", limited)
+        try:
+            with pytest.raises(OutputError, match="File too large; 2 finished shards stay in"):
+                run()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(run().path) == whole
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_a_model_that_runs_out_of_memory_keeps_the_shards(
+    model: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second shard's one batch wants tensors larger than what the C library keeps in hand."""
+    import resource
+
+    monkeypatch.setattr(work, "WINDOW", 8192)
+    few, many = ["the tea\n"] * 4096, ["the glacier " * 40 + "\n"] * 4096
+    (tmp_path / "a.txt").write_text("".join(few + many))
+    options = {"shard_rows": 4096, "batch_size": 4096, "show_progress_bar": False}
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    forward = model[0].forward
+
+    def limited(features: dict[str, Any], **more: Any) -> Any:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        if features["input_ids"].shape[1] > 10:
+            resource.setrlimit(resource.RLIMIT_AS, (used, hard))
+        try:
+            return forward(features, **more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model[0], "forward", limited)
+        with pytest.raises(
+            WorkerError, match=r"allocate memory.*batch size helps; 1 finished shard stays"
+        ):
+            st_embfilter.encode_corpus(model, [tmp_path / "a.txt"], tmp_path / "out", **options)
+    assert len(list((tmp_path / "out").glob("shard-*"))) == 1
 
 
 def test_two_processes_share_the_work(

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -173,6 +174,28 @@ def test_files_folders_globs_and_urls(tmp_path: Path) -> None:
     (inside / "a.docx").write_text("")
     with pytest.raises(CorpusError, match="an input must end in"):
         names(inside / "a.docx")
+
+
+def test_files_in_archives_and_behind_caches(tmp_path: Path) -> None:
+    import fsspec
+
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("in/a.txt", "first\n")
+        archive.writestr("in/b.jsonl", '{"text": "second"}\n')
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/archives/all.zip", (tmp_path / "all.zip").read_bytes())
+    for pattern in (
+        f"zip://in/*::{tmp_path}/all.zip",
+        f"zip://in::file://{tmp_path}/all.zip",
+        "zip://in/*::memory://archives/all.zip",
+        "zip://in/*::simplecache::memory://archives/all.zip",
+    ):
+        inputs = find_inputs([pattern])
+        assert [row.text for row in Rows(inputs)] == ["first", "second"]
+        again = find_inputs([file.url for file in inputs])
+        assert again == inputs
+    memory.pipe("/corpus/c.txt", b"third\n")
+    assert [r.text for r in Rows(find_inputs(["simplecache::memory://corpus/c*"]))] == ["third"]
 
 
 def test_type_of_ids(tmp_path: Path) -> None:
