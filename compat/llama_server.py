@@ -124,7 +124,7 @@ def cache(model: Path, reference: str) -> Iterator[tuple[str, str, float]]:
                 yield name, held, float(cosines(found, expected).min())
 
 
-def sts(model: Path, reference: str, pairs: Path, count: int) -> Iterator[tuple[str, list[str]]]:
+def sts(model: Path, reference: str, pairs: Path, count: int) -> Iterator[tuple[str, ...]]:
     """Spearman x 100 of torch and of each type at every width, mean pooling."""
     task = STSTask.read(pairs)
     task = task if count == 0 else STSTask(task.info, task.pairs[:count])
@@ -138,7 +138,7 @@ def sts(model: Path, reference: str, pairs: Path, count: int) -> Iterator[tuple[
         for name, found in vectors.items():
             ends = [round(found.shape[1] * width) for width in WIDTHS]
             scores = [100 * task.run(Vectors(texts, found[:, :k])).score for k in ends]
-            yield name, [f"{score:.2f}" for score in scores]
+            yield (name, *(f"{score:.2f}" for score in scores))
 
 
 def main() -> None:
