@@ -175,7 +175,7 @@ def _write(
     found: LensReport, report: Path | None, figures: Path | None, section: Path | None
 ) -> None:
     from st_embfilter.errors import OutputError
-    from st_embfilter.lens.report import card_section, draw, render_html
+    from st_embfilter.lens.pages import card_section, draw, render_html
 
     try:
         if report is not None:

@@ -6,22 +6,16 @@ the thin loader.
 
 from __future__ import annotations
 
-import base64
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from st_embfilter.errors import BandError, EmbedFilterError, LensError, ProvenanceError
-from st_embfilter.lens import figures as plots
 from st_embfilter.lens.anisotropy import Anisotropy, anisotropy
 from st_embfilter.lens.counts import SMOOTHING, TokenCounts
 from st_embfilter.lens.spectroscopy import Spectroscopy, optimal_band, spectroscopy_of_counts
@@ -33,12 +27,9 @@ from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.saved.load import load
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.spectrum import Spectrum
-from st_embfilter.text import first_line, template
-from st_embfilter.unembedding.matrix import Progress, Unembedding
+from st_embfilter.text import first_line
+from st_embfilter.unembedding.matrix import Provenance, Unembedding
 from st_embfilter.unembedding.source import Source
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 #: Nearest tokens of which the share of frequent ones is measured, as in the paper.
 SHARE_OF: Final = 10
@@ -345,8 +336,8 @@ def study(
     """
     found = _filter(model)
     counts.check_tokenizer(model.tokenizer)
-    spectrum, sha256 = _fit(unembedding, show_progress_bar)
-    _check_source(found.metadata, unembedding, sha256)
+    spectrum, provenance = _fit(unembedding, show_progress_bar)
+    _check_source(found.metadata, unembedding, provenance)
     measured = spectroscopy_of_counts(unembedding, spectrum, counts, smoothing=smoothing)
     frequent = counts.groups()["frequent"]
     hidden = pooled_embeddings(model, sample, layers=layers, show_progress_bar=show_progress_bar)
@@ -363,52 +354,6 @@ def study(
     return Study(spectrum.singular_values, measured, before, after, len(sample), counts, smoothing)
 
 
-def render_html(report: LensReport) -> str:
-    """One self-contained page: figures inlined, no script, nothing from the network.
-
-    Raises:
-        MissingPackageError: If matplotlib is not installed.
-    """
-    # As an image with its data inside, a figure can run no script and clash with no other.
-    figures = {
-        name: "data:image/svg+xml;base64," + base64.b64encode(plots.render(figure)).decode()
-        for name, figure in _study_figures(report).items()
-    }
-    return template("lens.html.jinja").render(report=report, figures=figures, share_of=SHARE_OF)
-
-
-def draw(report: LensReport, folder: str | os.PathLike[str]) -> None:
-    """Writes the figures as PNG: lens, and of a study spectrum and spectroscopy.
-
-    Raises:
-        MissingPackageError: If matplotlib is not installed.
-        OutputError: If the folder cannot be written.
-    """
-    before, after = (
-        [[(token.visible, token.probability) for token in tokens] for tokens in side]
-        for side in ([t.before for t in report.texts], [t.after for t in report.texts])
-    )
-    lens = plots.lens_figure([text.text for text in report.texts], before, after)
-    figures = {"lens": lens, **_study_figures(report)}
-    for name, figure in figures.items():
-        plots.save_figure(figure, Path(folder) / f"{name}.png")
-
-
-def card_section(report: LensReport) -> str:
-    """A section for the model card, in Markdown."""
-    return template("lens.md.jinja").render(report=report, share_of=SHARE_OF)
-
-
-def _study_figures(report: LensReport) -> dict[str, Figure]:
-    if report.study is None:
-        return {}
-    kept = report.band.indices(report.d)
-    return {
-        "spectrum": plots.spectrum_figure(report.study.singular_values, kept),
-        "spectroscopy": plots.spectroscopy_figure(report.study.spectroscopy.shifts, kept),
-    }
-
-
 def _filter(model: SentenceTransformer) -> EmbedFilterLayer:
     found = filter_of(model)
     if found is None:
@@ -423,33 +368,17 @@ def _filtered(layer: EmbedFilterLayer, hidden: Tensor) -> Tensor:
     return filtered.cpu()
 
 
-def _fit(unembedding: Unembedding, show_progress_bar: bool) -> tuple[Spectrum, str]:
-    """The spectrum in float64, which the average token needs, and the hash of W_U."""
-    with _bar(unembedding, show_progress_bar) as progress:
-        spectrum, provenance = unembedding.fit(precision="float64", progress=progress)
-    return spectrum, provenance.sha256
+def _fit(unembedding: Unembedding, show_progress_bar: bool) -> tuple[Spectrum, Provenance]:
+    """The spectrum in float64, which the average token needs, and what W_U is."""
+    with unembedding.progress_bar(show_progress_bar) as progress:
+        return unembedding.fit(precision="float64", progress=progress)
 
 
-def _check_source(metadata: FilterMetadata, unembedding: Unembedding, sha256: str) -> None:
+def _check_source(metadata: FilterMetadata, unembedding: Unembedding, found: Provenance) -> None:
     expected = metadata.provenance
-    dtype = getattr(torch, expected.dtype, None)
-    if sha256 != expected.sha256 and dtype not in (None, unembedding.stored.dtype):
-        # A backbone that was saved in a wider dtype than its checkpoint had.
-        sha256 = unembedding.provenance(dtype).sha256
+    sha256 = unembedding.made_as(expected, found).sha256
     if sha256 != expected.sha256:
         raise ProvenanceError(
             "the unembedding matrix must be the one that the filter was made from, got sha256 "
             f"{sha256[:12]} instead of {expected.sha256[:12]}; build the filter anew"
         )
-
-
-@contextmanager
-def _bar(unembedding: Unembedding, show: bool) -> Iterator[Progress]:
-    with tqdm(
-        total=unembedding.stored.nbytes,
-        unit="B",
-        unit_scale=True,
-        desc=f"Spectrum of {unembedding.stored.name}",
-        disable=None if show else True,
-    ) as bar:
-        yield lambda done, total: bar.update(done - bar.n)

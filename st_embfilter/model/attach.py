@@ -7,7 +7,6 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-import torch
 from sentence_transformers import SentenceTransformer
 
 from st_embfilter.errors import BandError, HubError, ProvenanceError, UnembeddingError
@@ -112,7 +111,7 @@ def stack_filter(
 def _check_origin(layer: EmbedFilterLayer, unembedding: Unembedding) -> None:
     """A filter fits only the matrix that it was made from; the matrix is read to be hashed."""
     made_from = layer.metadata.provenance
-    found = unembedding.provenance(getattr(torch, made_from.dtype, None))
+    found = unembedding.made_as(made_from)
     if found.sha256 != made_from.sha256:
         raise ProvenanceError(
             f"a filter must be made from the unembedding matrix of its model, got a filter from "

@@ -13,7 +13,6 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from st_embfilter.errors import (
     CalibrationError,
@@ -299,18 +298,9 @@ def fit_filter(
         BandError: If the band does not fit; nothing has been read then but the shape.
     """
     band.width(unembedding.d)
-    with tqdm(
-        total=unembedding.stored.nbytes,
-        unit="B",
-        unit_scale=True,
-        desc=f"Spectrum of {unembedding.stored.name}",
-        disable=None if show_progress_bar else True,
-    ) as bar:
+    with unembedding.progress_bar(show_progress_bar) as progress:
         spectrum, provenance = unembedding.fit(
-            band,
-            precision=precision,
-            device=device,
-            progress=lambda done, total: bar.update(max(0, done - bar.n)),
+            band, precision=precision, device=device, progress=progress
         )
     projection, gain = spectrum.projection(band), unembedding.gain
     if gain is None:

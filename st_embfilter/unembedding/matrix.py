@@ -6,11 +6,13 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from st_embfilter.files.stored import StoredTensor
 from st_embfilter.spectrum.band import Band
@@ -165,6 +167,33 @@ class Unembedding:
         for block in self.blocks():
             digest.update(_bytes(block if dtype is None else _narrowed(block, dtype)))
         return self._provenance(digest.hexdigest())
+
+    def made_as(self, made_from: Provenance, found: Provenance | None = None) -> Provenance:
+        """Provenance to hold against that of a filter, hashed in the dtype that it was made from.
+
+        Args:
+            made_from: Provenance of the filter.
+            found: That of this matrix, if it was read before; it is read again only where the dtype
+                may make the difference.
+        """
+        dtype = getattr(torch, made_from.dtype, None)
+        if found is not None and (
+            found.sha256 == made_from.sha256 or dtype in (None, self.stored.dtype)
+        ):
+            return found
+        return self.provenance(dtype)
+
+    @contextmanager
+    def progress_bar(self, show: bool) -> Iterator[Progress]:
+        """A bar for one `fit`, where a person watches."""
+        with tqdm(
+            total=self.stored.nbytes,
+            unit="B",
+            unit_scale=True,
+            desc=f"Spectrum of {self.stored.name}",
+            disable=None if show else True,
+        ) as bar:
+            yield lambda done, total: bar.update(max(0, done - bar.n))
 
     def _provenance(self, sha256: str) -> Provenance:
         return Provenance(

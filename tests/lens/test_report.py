@@ -21,17 +21,8 @@ from st_embfilter.errors import BandError, EmbedFilterError, LensError, OutputEr
 from st_embfilter.evaluation.demo import DEMO_TEXTS, Paraphrases
 from st_embfilter.lens import figures as plots
 from st_embfilter.lens.counts import TokenCounts, count_tokens
-from st_embfilter.lens.report import (
-    LensReport,
-    TextLens,
-    Token,
-    card_section,
-    draw,
-    look,
-    open_model,
-    render_html,
-    study,
-)
+from st_embfilter.lens.pages import card_section, draw, render_html
+from st_embfilter.lens.report import LensReport, TextLens, Token, look, open_model, study
 from st_embfilter.model.layer import filter_of
 from st_embfilter.saved.card import card_of_folder
 from st_embfilter.saved.card_rules import check_card
