@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from st_embfilter.errors import ShapeError
-
 Floats = NDArray[np.float64]
 
 #: Weights (b, n) to statistics (b,).
@@ -85,39 +83,6 @@ def interval(values: Floats, level: float = 0.95) -> tuple[float, float]:
     tail = (1.0 - level) / 2.0
     low, high = np.nanquantile(values, [tail, 1.0 - tail])
     return float(low), float(high)
-
-
-def paired_interval(
-    outcome: Outcome,
-    reference: Outcome,
-    *,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float] | None:
-    """Paired bootstrap interval of the difference of two scores.
-
-    Args:
-        outcome: Of the configuration in question.
-        reference: Of what it is compared with, on the same units.
-        resamples: Number of bootstrap samples.
-        level: Coverage in (0, 1).
-        seed: Seed of the samples.
-
-    Returns:
-        Bounds of `outcome.score - reference.score`, or None where one cannot be resampled.
-
-    Raises:
-        ShapeError: If the two have different units.
-    """
-    mine, theirs = (replicates(side, resamples, seed) for side in (outcome, reference))
-    if mine is None or theirs is None:
-        return None
-    if outcome.sizes != reference.sizes:
-        raise ShapeError(
-            f"paired outcomes must have the same units, got {outcome.sizes} and {reference.sizes}"
-        )
-    return interval(mine - theirs, level)
 
 
 def _draws(sizes: Sequence[int], resamples: int, seed: int) -> Iterator[Floats]:
