@@ -76,7 +76,7 @@ class Folded(NamedTuple):
     """What bands of a folded norm are made of.
 
     Attributes:
-        spectrum: Of W_U diag(g).
+        spectrum: Spectrum of W_U diag(g).
         gain: g, (d,) float64, of the norm before W_U.
     """
 
@@ -94,7 +94,7 @@ class Configuration:
             of a folded norm.
         keep: Ratio of dimensions kept in (0, 1], or their number; None for methods of full width.
         seeds: Seeds of "random".
-        order: Of "optimal", see `Band`; it is measured on a corpus.
+        order: Order of directions of "optimal", see `Band`; measured on a corpus.
 
     Raises:
         BandError: For an unknown name, or `keep` out of range.
@@ -165,7 +165,7 @@ class Configuration:
         """Its maps; several for a mean over seeds.
 
         Args:
-            spectrum: Of the model's unembedding matrix.
+            spectrum: Spectrum of the model's unembedding matrix.
             sample: (n, d) raw vectors for the methods that are fitted.
             normalize: Scale results to unit length.
             layer: The saved model's filter, for "calibrated".

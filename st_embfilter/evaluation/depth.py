@@ -90,7 +90,7 @@ class DepthStore:
         """Where a chunk's vectors lie: (n, d) float32.
 
         Args:
-            key: Of its texts, see `text_key`.
+            key: Key of its texts, see `text_key`.
             layers: Number of blocks.
             pooling: One of `poolings`.
         """

@@ -23,7 +23,7 @@ def score_figure(rows: Sequence[Result]) -> Figure:
     """Score against dimensions, one panel for each task, one line for each configuration.
 
     Args:
-        rows: Of `sweep`. The filter has a band for the interval of its difference to raw;
+        rows: Rows of `sweep`. The filter has a band for the interval of its difference to raw;
             configurations that were fitted on texts are dashed.
 
     Raises:
@@ -120,7 +120,8 @@ def depth_figure(rows: Sequence[Result]) -> Figure:
     """Heat map of the score over depth and width: a row of panels a model, a column a task.
 
     Args:
-        rows: Of `sweep(layers=)`. Beside the raw model the configuration that comes first is shown.
+        rows: Rows of `sweep(layers=)`. Beside the raw model the configuration that comes first is
+            shown.
 
     Raises:
         DataError: If no row has a depth.

@@ -44,7 +44,7 @@ class StorageRow:
         kind: "flat" (exact) or "hnsw".
         vectors: Number of indexed vectors.
         index_bytes: Size of the serialised index.
-        milliseconds: Of one query on one thread, median over repetitions.
+        milliseconds: Time of one query on one thread, median over repetitions.
         recall: Share of the ten nearest of the widest exact float32 index that are found.
         ndcg: nDCG@10 against judgements, None without them.
     """
@@ -75,8 +75,8 @@ def storage_table(
         documents: (n, d) vectors in nested order: the first k' dimensions are a smaller filter.
         queries: (m, d).
         dims: Widths; None for d, d/2, d/4 and d/8.
-        precisions: Of `PRECISIONS`.
-        kinds: Of `KINDS`.
+        precisions: Names out of `PRECISIONS`.
+        kinds: Names out of `KINDS`.
         gains: For each query, gains of the documents (by row) that are judged relevant.
         repetitions: Searches of all queries that the time is the median of.
 

@@ -51,7 +51,7 @@ class RawModel:
 
     Attributes:
         model: Transformer and Pooling.
-        spectrum: Of its unembedding matrix.
+        spectrum: Spectrum of its unembedding matrix.
         name: Folder name or Hub id.
         prompt: Prompt recipe, None for plain text.
         normalize: Whether its embeddings are to have unit length.

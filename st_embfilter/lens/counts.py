@@ -95,7 +95,7 @@ class TokenCounts:
 
         Args:
             size: Tokens in a group, if as many were seen.
-            seed: Of the random group.
+            seed: Seed of the random group.
 
         Returns:
             int64 token ids. "frequent": the highest counts, ties to the lower id. "rare": the
@@ -224,7 +224,7 @@ def read_texts(source: str, column: str | None = None, *, split: str = "train") 
         source: A text file (a text is a line); a .jsonl, .json, .csv, .tsv or .parquet file with
             a column; or the Hub id of a dataset with a column.
         column: Name of a column of texts, or of lists of texts.
-        split: Of a dataset on the Hub.
+        split: Split of a dataset on the Hub.
 
     Raises:
         CorpusError: If the source, the column or its texts are not as described. Checked as the

@@ -153,7 +153,7 @@ def lens_figure(
 
     Args:
         texts: The texts.
-        before: Of each text, its tokens with their probabilities.
+        before: Tokens of each text with their probabilities.
         after: The same with the filter.
     """
     line, gap, margin = 0.2, 0.42, 0.3

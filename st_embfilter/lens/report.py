@@ -89,7 +89,7 @@ class Study:
         before: The sample without the filter.
         after: The sample with it.
         sample: Number of texts in the sample.
-        counts: Of the tokens of the corpus.
+        counts: Token counts of the corpus.
         smoothing: Pseudo-count of the average token.
     """
 
@@ -107,8 +107,8 @@ class LensReport:
     """Everything that the lens shows of one model.
 
     Attributes:
-        name: Of the model.
-        metadata: Of its filter.
+        name: Name of the model.
+        metadata: Metadata of its filter.
         layers: How many of the model's blocks were run, see `Depth.parse`; None for all.
         texts: Nearest tokens of single texts.
         study: Measures on a corpus, if there was one.
@@ -181,8 +181,8 @@ def open_model(
     Args:
         name_or_path: Folder or Hub id of either.
         keep: For a causal LM, as in `from_causal_lm`; a filtered model has its own.
-        band: Likewise; "optimal" measures the band with `counts`.
-        prompt: Likewise.
+        band: Band of a causal LM's filter; "optimal" is measured with `counts`.
+        prompt: Prompt recipe of a causal LM; a filtered model has its own.
         counts: Token counts, for band "optimal".
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
@@ -278,7 +278,7 @@ def look(
         model: With a filter.
         unembedding: W_U of its backbone.
         texts: Texts to embed.
-        name: Of the model, for the report.
+        name: Name of the model, for the report.
         layers: How many blocks to run, see `pooled_embeddings`.
         top_k: Tokens of each text.
         show_progress_bar: Show a bar.
@@ -323,10 +323,10 @@ def study(
     Args:
         model: With a filter.
         unembedding: W_U of its backbone.
-        counts: Of a corpus, with the model's tokenizer.
+        counts: Token counts of a corpus, by the model's tokenizer.
         sample: Texts to embed, a few hundred.
         layers: How many blocks to run, see `pooled_embeddings`.
-        smoothing: See `TokenCounts.log_probabilities`.
+        smoothing: Pseudo-count of the average token, see `TokenCounts.log_probabilities`.
         show_progress_bar: Show bars.
 
     Raises:

@@ -157,8 +157,8 @@ def spectroscopy_of_counts(
     Args:
         unembedding: W_U, (V, d).
         spectrum: Its spectrum, in float64.
-        counts: Of the corpus.
-        smoothing: See `TokenCounts.log_probabilities`.
+        counts: Token counts of the corpus.
+        smoothing: Pseudo-count of the average token, see `TokenCounts.log_probabilities`.
     """
     rows = unembedding.stored.shape[0]
     target = counts.log_probabilities(rows, smoothing=smoothing)

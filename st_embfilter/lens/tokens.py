@@ -127,7 +127,7 @@ def pooled_embeddings(
         model: With or without a filter.
         texts: Texts to embed.
         layers: Run this many blocks, or this ratio of them, see `Depth.parse`; None for all.
-        batch_size: As in `encode`.
+        batch_size: Texts at a time.
         show_progress_bar: Show a bar where a person watches.
 
     Returns:

@@ -36,7 +36,7 @@ def folded_spectrum(read_rows: ReadRows, shape: tuple[int, int], gain: Tensor) -
     """The spectrum of W_U diag(g), in float64.
 
     Args:
-        read_rows: Of W_U.
+        read_rows: Reads rows of W_U.
         shape: (V, d).
         gain: g, (d,), of the norm before it.
 

@@ -117,7 +117,7 @@ def config_changes(config: PretrainedConfig, layers: int) -> dict[str, Any]:
     """What a config says differently once the model is cut: the number of blocks, values by block.
 
     Args:
-        config: Of the text decoder.
+        config: Configuration of the text decoder.
         layers: Number of blocks that stay.
     """
     total: int = config.num_hidden_layers

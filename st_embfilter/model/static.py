@@ -100,7 +100,7 @@ def fold(model: SentenceTransformer, dtype: torch.dtype | str | None = None) -> 
 
     Args:
         model: `StaticEmbedding`, `EmbedFilterLayer` and what follows it.
-        dtype: Of the new table, or its name; None and "auto" for float16.
+        dtype: Dtype of the new table, or its name; None and "auto" for float16.
     """
     if dtype is None or dtype == "auto":
         dtype = torch.float16

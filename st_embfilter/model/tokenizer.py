@@ -67,8 +67,8 @@ def start_token(
     start a turn of a chat (`<|im_start|>` of SmolLM2), after which it writes roles.
 
     Args:
-        tokenizer: Of the language model, or of one saved with a prompt.
-        config: Of the model, which may know ids that its tokenizer does not.
+        tokenizer: Tokenizer of the language model, or of one saved with a prompt.
+        config: Configuration of the model, which may know ids that its tokenizer does not.
     """
     lead = leading_ids(tokenizer)
     vocabulary = tokenizer.get_vocab()

@@ -71,7 +71,8 @@ class Adapter:
 
         Returns:
             The base model's where the adapter leaves it alone; otherwise the adapter's copy, or
-            W + s B A in float32 for LoRA. Those carry the adapter's own tensor name.
+            W + s B A in float32 for LoRA, with B (V, r) and A (r, d). Those carry the adapter's own
+            tensor name.
 
         Raises:
             UnembeddingError: If the adapter changes the head in another way, or a tied embedding,

@@ -55,7 +55,7 @@ class GGUFTensor:
 
     Attributes:
         name: E.g. "blk.0.attn_q.weight".
-        shape: As in torch, rows first.
+        shape: Sizes as in torch, rows first.
         kind: Number of its quantisation (`gguf.GGMLQuantizationType`).
         start: Its first byte in the file.
         nbytes: Its bytes in the file.
@@ -116,7 +116,7 @@ class GGUFFile:
         """Rows of a tensor, dequantised.
 
         Args:
-            tensor: Of this file.
+            tensor: Tensor of this file.
             first: First row.
             last: One after the last row; None for all.
 

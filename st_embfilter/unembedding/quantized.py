@@ -32,7 +32,7 @@ def dequantized(checkpoint: Checkpoint, name: str, block: tuple[int, int]) -> St
 
     Args:
         checkpoint: The named tensors.
-        name: Of the matrix.
+        name: Name of the matrix.
         block: Rows and columns that share a scale where the scales are a grid of blocks.
 
     Raises:
