@@ -53,8 +53,12 @@ def inspect(
 def _open(source: Source) -> tuple[EmbedFilterLayer | None, FilterMetadata]:
     """The filter and its metadata; of a static model, whose filter is folded away, those alone."""
     from st_embfilter.model.find import find_filter
+    from st_embfilter.saved.baked_checks import find_baked
     from st_embfilter.saved.load import load_filter
 
+    baked = find_baked(source.files)
+    if baked is not None:
+        return None, baked
     found = find_filter(source)
     depth = None if found is None else found.metadata.depth
     if found is not None and depth is not None and depth.layers == 0:
@@ -77,8 +81,12 @@ def _pipeline_rows(source: Source) -> dict[str, str]:
     """What happens around the filter; nothing for a filter alone."""
     from st_embfilter.model.find import find_filter
     from st_embfilter.model.metadata import METADATA_FILE
+    from st_embfilter.saved.baked_checks import find_baked
     from st_embfilter.saved.card_facts import facts_of_files
 
+    baked = find_baked(source.files)
+    if baked is not None:
+        return {"Filter": f"baked into the weights: the first {baked.k} of {baked.d} numbers"}
     found = find_filter(source)
     if found is None or found.form == "alone":
         return {}

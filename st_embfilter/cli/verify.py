@@ -31,7 +31,8 @@ def verify(
         typer.Option(help="Texts that the filter was calibrated with, one a line."),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Language model of a filter alone, if it is on no Hub.")
+        str | None,
+        typer.Option(help="Language model that the filter was made from, if it is on no Hub."),
     ] = None,
     revision: Revision = None,
     trust_remote_code: Annotated[

@@ -18,7 +18,7 @@ _UPLOAD_ERRORS: Final[tuple[type[Exception], ...]] = (*ERRORS, RuntimeError, Val
 #: Files of an earlier push that would change how the new model loads.
 _STALE: Final = re.compile(
     r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
-    r"|modules\.json|sentence_bert_config\.json|embfilter(_spectrum)?\.(json|safetensors)"
+    r"|modules\.json|sentence_bert_config\.json|embfilter(_spectrum|_baked)?\.(json|safetensors)"
     r"|[1-9]_\w+/.*"
 )
 

@@ -59,11 +59,15 @@ def rotation_of(spectrum: Spectrum, band: Band) -> Tensor:
     Returns:
         R, (d, d) float64, orthogonal; R n is the filtered state at full width.
     """
-    widest = band.at(spectrum.d - (band.offset or 0))
-    kept = widest.indices(spectrum.d)
-    rest = torch.ones(spectrum.d, dtype=torch.bool)
+    return spectrum.directions[rotation_order(band, spectrum.d)]
+
+
+def rotation_order(band: Band, d: int) -> Tensor:
+    """The singular direction at every place of a rotated state, (d,): nested, then the rest."""
+    kept = band.at(d - (band.offset or 0)).indices(d)
+    rest = torch.ones(d, dtype=torch.bool)
     rest[kept] = False
-    return spectrum.directions[torch.cat([kept, rest.nonzero()[:, 0]])]
+    return torch.cat([kept, rest.nonzero()[:, 0]])
 
 
 def reading_rows(

@@ -25,6 +25,8 @@ from st_embfilter.unembedding.matrix import Provenance
 
 METADATA_FILE: Final = "embfilter.json"
 SPECTRUM_FILE: Final = "embfilter_spectrum.safetensors"
+#: The same of a filter that is baked into the weights beside it.
+BAKED_FILE: Final = "embfilter_baked.json"
 FORMAT_VERSION: Final = 1
 
 _VERSIONED_PACKAGES: Final = ("st-embfilter", "sentence-transformers", "transformers", "torch")

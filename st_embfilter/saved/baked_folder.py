@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from st_embfilter.errors import FormatError
 from st_embfilter.files.staging import staged
 from st_embfilter.files.stored import StoredTensor
-from st_embfilter.files.tensors import SAFETENSORS_FILE, Checkpoint, open_checkpoint
+from st_embfilter.files.tensors import SAFETENSORS_FILE, open_checkpoint
 from st_embfilter.files.writer import SafetensorsWriter, Slot
 from st_embfilter.model.backbone import backbone_files, check_links
 from st_embfilter.model.baked import reading_rows, rotation_of, row_spans, writing_rows
 from st_embfilter.model.layer import EmbedFilterLayer
+from st_embfilter.model.metadata import BAKED_FILE
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.prompts import recipe_from_dict
 from st_embfilter.saved.load import read_saved
 from st_embfilter.text import read_json, write_json
 from st_embfilter.unembedding.head import meta_model, stored_name
-from st_embfilter.unembedding.residual import Residual, residual_of
+from st_embfilter.unembedding.residual import residual_of
 from st_embfilter.unembedding.source import Source
 
 _POOLING_FILE: Final = "1_Pooling/config.json"
@@ -33,7 +35,10 @@ _COPIED: Final = (_POOLING_FILE, "sentence_bert_config.json", "config_sentence_t
 
 _CARD: Final = """---
 library_name: sentence-transformers
-pipeline_tag: feature-extraction
+pipeline_tag: sentence-similarity
+{base_model}tags:
+- sentence-transformers
+- embedfilter
 ---
 # A filter baked into the weights
 
@@ -125,7 +130,7 @@ def export_folder(
     check_links(folder)
     found = bakeable(source)
     config = source.config()
-    residual = residual_of(config)
+    residual_of(config)  # refuses what cannot be rotated before anything is read
     spectrum, provenance = source.unembedding().fit(precision="float64")
     metadata = found.layer.metadata
     if provenance.sha256 != metadata.provenance.sha256:
@@ -134,7 +139,6 @@ def export_folder(
             "build it again"
         )
     rotation = rotation_of(spectrum, metadata.band)
-    model = meta_model(config)
     with staged(target, overwrite=overwrite) as out:
         for file in backbone_files(folder):
             if not file.name.endswith((".safetensors", ".bin", ".index.json")):
@@ -156,36 +160,68 @@ def export_folder(
             document.pop("torch_dtype", None)
             document["dtype"] = str(dtype).removeprefix("torch.")
         write_json(out / "config.json", document)
+        made_from = metadata.provenance
+        base_model = (
+            f"base_model: {made_from.model_id}\nbase_model_relation: finetune\n"
+            if made_from.revision is not None
+            else ""
+        )
         (out / "README.md").write_text(
             _CARD.format(
-                base=metadata.provenance.model_id, d=metadata.d, k=metadata.k, band=metadata.band
+                base=metadata.provenance.model_id,
+                base_model=base_model,
+                d=metadata.d,
+                k=metadata.k,
+                band=metadata.band,
             ),
             encoding="utf-8",
         )
+        (out / BAKED_FILE).write_text(metadata.to_json(), encoding="utf-8")
         with (out / SAFETENSORS_FILE).open("wb") as weights:
-            jobs = list(_jobs(model, open_checkpoint(source.files), residual, rotation, dtype))
+            jobs = list(baked_tensors(source, config, rotation, dtype))
             _write_safetensors(weights, jobs)
     return metadata.k, metadata.d
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A tensor to write."""
+class Job:
+    """A tensor of a baked model.
+
+    Attributes:
+        name: As the model has it.
+        shape: Of the whole.
+        dtype: What it is stored in.
+        rows: Its blocks of rows, in the dtype of the arithmetic.
+        axis: Which of its axes is rotated, 0 or 1; None for none.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     rows: Iterable[Tensor]
+    axis: int | None = None
 
 
-def _jobs(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    residual: Residual,
+def baked_tensors(
+    source: Source,
+    config: PretrainedConfig,
     rotation: Tensor,
-    dtype: torch.dtype | None,
-) -> Iterator[_Job]:
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight  # type: ignore[operator]
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None,
+) -> Iterator[Job]:
+    """The tensors of a language model after the rotation.
+
+    Args:
+        source: The language model, which may have more blocks than the config.
+        config: Of the model that is made.
+        rotation: R, (d, d) float64.
+        dtype: Of the matrices, all of them or by name; None for that in which each is stored.
+
+    Raises:
+        FormatError: If a tensor is quantised.
+        UnembeddingError: If the stream cannot be rotated, or a tensor is missing.
+    """
+    residual, model = residual_of(config), meta_model(config)
+    checkpoint, tied = open_checkpoint(source.files), source.unembedding().tied
     gains = residual.gains
 
     def stored(name: str) -> StoredTensor:
@@ -200,26 +236,27 @@ def _jobs(
 
     for name, parameter in model.state_dict().items():
         tensor, shape = stored(name), tuple(parameter.shape)
-        target = dtype or tensor.dtype
+        target = (dtype.get(name) if isinstance(dtype, Mapping) else dtype) or tensor.dtype
+        axis = None
         # Float32 and wider get products in float64, so that their rounding is the only one.
         turn = rotation if target.itemsize >= 4 else rotation.to(torch.float32)
         rows: Iterable[Tensor]
         if name in gains:
             rows = iter([torch.full(shape, 1.0 - residual.offset)])
         elif name in residual.writes and len(shape) == 1:
-            rows = (turn @ vector.to(turn.dtype) for vector in _blocks(tensor, shape))
+            rows, axis = (turn @ vector.to(turn.dtype) for vector in _blocks(tensor, shape)), 0
         elif name in residual.writes:
-            rows = writing_rows(tensor.read_rows, tensor.shape, turn)
+            rows, axis = writing_rows(tensor.read_rows, tensor.shape, turn), 0
         elif name in residual.reads or name == residual.embedding:
             norm = residual.reads.get(name)
             gain = None
             if norm is not None:
                 weight = stored(norm)
                 gain = weight.read_rows(0, weight.shape[0])[:, 0].double() + residual.offset
-            rows = reading_rows(tensor.read_rows, tensor.shape, turn, gain)
+            rows, axis = reading_rows(tensor.read_rows, tensor.shape, turn, gain), 1
         else:
             rows, target = _blocks(tensor, shape), tensor.dtype
-        yield _Job(name, shape, target, rows)
+        yield Job(name, shape, target, rows, axis)
 
 
 def _blocks(tensor: StoredTensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
@@ -230,7 +267,7 @@ def _blocks(tensor: StoredTensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
         yield tensor.read_rows(first, last)
 
 
-def _write_safetensors(out: BinaryIO, jobs: list[_Job]) -> None:
+def _write_safetensors(out: BinaryIO, jobs: list[Job]) -> None:
     """A safetensors file, tensor by tensor; the library's own writer wants all in memory."""
     writer = SafetensorsWriter(out, {job.name: Slot.of_shape(job.dtype, job.shape) for job in jobs})
     for job in jobs:

@@ -33,7 +33,7 @@ STATIC_FILES: Final = (
     METADATA_FILE,
     CARD_FILE,
 )
-_TABLE: Final = "embedding.weight"
+TABLE: Final = "embedding.weight"
 
 
 def static_files(
@@ -57,22 +57,13 @@ def static_files(
             "a static model holds StaticEmbedding [> Normalize], got "
             + " > ".join(type(module).__name__ for module in modules)
         )
-    entries = [
-        {
-            "idx": i,
-            "name": str(i),
-            "path": f"{i}_{kind.__name__}",
-            "type": f"sentence_transformers.models.{kind.__name__}",
-        }
-        for i, kind in enumerate(kinds[: len(modules)])
-    ]
     config = {
         "prompts": dict(model.prompts),
         "default_prompt_name": model.default_prompt_name,
         "similarity_fn_name": str(model.similarity_fn_name),
     }
     files = {
-        MODULES_FILE: json_text(entries).encode(),
+        MODULES_FILE: json_text(static_modules(normalize=len(modules) > 1)).encode(),
         "config_sentence_transformers.json": json_text(config).encode(),
         f"{STATIC_FOLDER}/tokenizer.json": modules[0].tokenizer.to_str(pretty=True).encode(),
         METADATA_FILE: metadata.to_json().encode(),
@@ -85,11 +76,29 @@ def static_files(
     return files
 
 
+def static_modules(*, normalize: bool) -> list[dict[str, object]]:
+    """The content of `modules.json`.
+
+    Args:
+        normalize: Whether embeddings are scaled to unit length at the end.
+    """
+    names = ["StaticEmbedding", *(["Normalize"] if normalize else [])]
+    return [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": f"{i}_{name}",
+            "type": f"sentence_transformers.models.{name}",
+        }
+        for i, name in enumerate(names)
+    ]
+
+
 def write_table(model: SentenceTransformer, folder: Path) -> None:
     """Writes the table of a static model into its folder."""
     modules: list[Any] = list(model.children())
     (folder / STATIC_FOLDER).mkdir(exist_ok=True)
-    table = {_TABLE: RawTensor.of(modules[0].embedding.weight)}
+    table = {TABLE: RawTensor.of(modules[0].embedding.weight)}
     write_safetensors(folder / STATIC_FOLDER / SAFETENSORS_FILE, table)
 
 
@@ -104,10 +113,10 @@ def check_table(path: Path | None, metadata: FilterMetadata) -> tuple[bool, str]
     """
     try:
         with safe_open(path or "", framework="pt") as stored:
-            table = stored.get_tensor(_TABLE)
+            table = stored.get_tensor(TABLE)
     except Exception as error:  # safetensors names many
         raise FormatError(
-            f"{STATIC_FOLDER}/{SAFETENSORS_FILE} must hold {_TABLE}, got: {error}"
+            f"{STATIC_FOLDER}/{SAFETENSORS_FILE} must hold {TABLE}, got: {error}"
         ) from error
     fits = table.ndim == 2 and table.shape[1] == metadata.k
     if not fits or not bool(torch.isfinite(table).all()):

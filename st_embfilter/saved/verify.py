@@ -15,7 +15,6 @@ from transformers import AutoModel
 
 from st_embfilter.errors import EmbedFilterError, FormatError, HubError
 from st_embfilter.files.folder import ModelFiles, links_out
-from st_embfilter.files.tensors import SAFETENSORS_FILE
 from st_embfilter.model import echo_pooling
 from st_embfilter.model.calibrate import calibrate_filter, generic_texts
 from st_embfilter.model.depth import text_config
@@ -24,11 +23,13 @@ from st_embfilter.model.layer import EmbedFilterLayer, read_filter
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.sampling import sample_texts
-from st_embfilter.saved import checks, layout
+from st_embfilter.saved import baked_checks, checks, layout, static_checks
 from st_embfilter.saved.card_rules import check_card, stated_base
 from st_embfilter.saved.load import load, read_saved
 from st_embfilter.saved.runtimes import older_layout
-from st_embfilter.saved.static import STATIC_FOLDER, check_table
+from st_embfilter.saved.static import check_table
+from st_embfilter.spectrum.gram import Precision
+from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.spectrum.whitening import different_texts, texts_hash
 from st_embfilter.text import first_line, read_json, shown
 from st_embfilter.unembedding.matrix import Unembedding
@@ -77,14 +78,16 @@ def verify(
 
     Only what `save_pretrained` writes can be proven. Nothing of the model runs, unless a calibrated
     filter is rebuilt. The unembedding matrix is read once, from the model itself, or from its base
-    model where the model holds none.
+    model where the model holds none: of a static model every row of the table is held against that,
+    and of a baked one every tensor.
 
     Args:
         path: Folder or Hub id.
         rebuild: Also compare the spaces of all prefixes with the filter built anew, repeat a
             calibration, and download the weights of a model on the Hub to check them.
         texts: What the filter was calibrated with, if not with generic texts or the model's own.
-        base: Folder or Hub id of the language model that a filter alone was made from.
+        base: Folder or Hub id of the language model that a filter alone, a static or a baked model
+            was made from.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
         trust_remote_code: Allow model code of the checkpoint to run.
@@ -116,7 +119,7 @@ class _Job:
         return self.source.files
 
     def checks(self) -> Iterator[Check]:
-        found = self._static()
+        found = self._folded()
         if found is not None:
             yield from found
             return
@@ -149,23 +152,97 @@ class _Job:
                 yield _attempt("depth", lambda: self._depth(layer))
         yield from self._against_the_matrix(layer, alone)
 
-    def _static(self) -> list[Check] | None:
-        """The checks of a static model, of which only the files can be held together."""
+    def _folded(self) -> list[Check] | None:
+        """The checks of a static or baked model, whose filter is no module of its own."""
         try:
-            found = find_filter(self.source)
+            baked = baked_checks.find_baked(self.files)
+            found = None if baked is not None else find_filter(self.source)
         except EmbedFilterError:
             return None
+        if baked is not None:
+            return [Check("files", True, "a filter baked into the weights"), *self._baked(baked)]
         depth = None if found is None else found.metadata.depth
         if found is None or depth is None or depth.layers > 0:
             return None
         metadata = found.metadata
-        path = self.files.path(f"{STATIC_FOLDER}/{SAFETENSORS_FILE}")
+        path = self.files.path(static_checks.TABLE_FILE)
         kept = f"{metadata.band} band, {metadata.k} of {metadata.d}, no block of {depth.of}"
-        return [
+        checked = [
             _attempt("files", lambda: check_table(path, metadata)),
             Check("window", True, kept),
+            *([_attempt("links", self._links)] if self.source.is_folder else []),
+            _attempt("modules", lambda: static_checks.check_static_modules(self.files)),
             _attempt("card", lambda: self._card(metadata)),
         ]
+        return [*checked, *self._static_source(metadata, path)]
+
+    def _static_source(self, metadata: FilterMetadata, table: Path | None) -> Iterator[Check]:
+        """Every row of a static model's table against its language model."""
+        self.source = replace(self.source, norm=metadata.norm)
+        base, spectrum, check = self._source_matrix(metadata)
+        yield check
+        if base is None or spectrum is None:
+            return
+        if base.unembedding().stored.remote and not self.rebuild:
+            yield Check("rows", None, "the base model was not downloaded; with --rebuild it is")
+            return
+        gain, matrix = base.unembedding().gain, spectrum
+        try:
+            states, tokenizer = static_checks.states_of(base, metadata)
+        except EmbedFilterError as error:
+            yield Check("rows", False, str(error))
+            return
+        stored = self.files.path(static_checks.TOKENIZER_FILE)
+        yield _attempt("tokenizer", lambda: static_checks.check_tokenizer(stored, tokenizer))
+        yield _attempt(
+            "rows",
+            lambda: static_checks.check_table_rows(table, metadata, states, matrix, gain),
+        )
+        if metadata.calibration is not None:
+            told = "not repeated, as its matrix is folded into the table"
+            yield Check("calibration", None, told)
+
+    def _baked(self, metadata: FilterMetadata) -> Iterator[Check]:
+        """A folder with rotated weights: by itself, then against the model it was made of."""
+        own = replace(self.source, norm=None)
+        kept = f"{metadata.band} band, the first {metadata.k} of {metadata.d}"
+        yield Check("window", True, kept)
+        if self.source.is_folder:
+            yield _attempt("links", self._links)
+        yield _attempt("modules", lambda: baked_checks.check_baked_modules(self.files, metadata.d))
+        yield _attempt("card", lambda: self._card(metadata))
+        try:
+            unembedding = own.unembedding()
+        except EmbedFilterError as error:
+            yield Check("backbone", False, str(error))
+            return
+        yield _attempt("backbone", lambda: self._backbone(unembedding))
+        yield _attempt("gains", lambda: baked_checks.check_gains(own))
+        yield _attempt("directions", lambda: baked_checks.check_gram(unembedding, metadata))
+        self.source = replace(self.source, norm="folded")
+        base, spectrum, check = self._source_matrix(metadata, precision="float64")
+        yield check
+        if base is None or spectrum is None:
+            return
+        if base.unembedding().stored.remote and not self.rebuild:
+            yield Check("rows", None, "the base model was not downloaded; with --rebuild it is")
+            return
+        matrix, origin = spectrum, base
+        yield _attempt("rows", lambda: baked_checks.check_weights(own, origin, matrix, metadata))
+
+    def _source_matrix(
+        self, metadata: FilterMetadata, precision: Precision = "float32"
+    ) -> tuple[Source | None, Spectrum | None, Check]:
+        """The language model that a filter was made from, the spectrum of its W_U, and its hash."""
+        try:
+            base = self._made_from(metadata)
+            unembedding = base.unembedding()
+        except (HubError, _UnknownError) as error:
+            return None, None, Check("unembedding", None, f"{error}; give base= (--base)")
+        except EmbedFilterError as error:
+            return None, None, Check("unembedding", False, str(error))
+        spectrum, check = _spectrum(unembedding, metadata, precision)
+        return base, spectrum, check
 
     def _depth(self, layer: EmbedFilterLayer) -> tuple[bool, str]:
         """The config must have as many blocks as the metadata say."""
@@ -191,25 +268,11 @@ class _Job:
             yield _attempt("rows", lambda: checks.check_rows(layer))
         if not alone:
             yield _attempt("backbone", lambda: self._backbone(unembedding))
-        made_from = layer.metadata.provenance
-        try:
-            # What float32 may leave in the model is allowed for, so it is enough here too.
-            spectrum, found = unembedding.fit(layer.metadata.band, precision="float32")
-            narrow = getattr(torch, made_from.dtype)
-            if found.dtype != made_from.dtype and unembedding.stored.dtype != narrow:
-                found = unembedding.provenance(narrow)
-        except EmbedFilterError as error:
-            yield Check("unembedding", False, str(error))
+        found, check = _spectrum(unembedding, layer.metadata)
+        yield check
+        if found is None:
             return
-        if found.shape != made_from.shape:
-            told = f"shape {found.shape}, embfilter.json says {made_from.shape}"
-            yield Check("unembedding", False, told)
-            return
-        same = found.sha256 == made_from.sha256
-        told = f"sha256 {found.sha256[:16]}... of {shown(found.tensor)}"
-        yield Check(
-            "unembedding", same, told if same else f"{told}, embfilter.json says {made_from.sha256}"
-        )
+        spectrum = found
         yield _attempt("directions", lambda: checks.check_directions(spectrum, layer))
         yield _attempt("spectrum", lambda: checks.check_spectrum(spectrum, layer))
         if self.rebuild:
@@ -276,9 +339,10 @@ class _Job:
         return True, "valid metadata" + ("" if stated is None else f", base model {stated}")
 
     def _unembedding(self, layer: EmbedFilterLayer, alone: bool) -> Unembedding:
-        made_from = layer.metadata.provenance
-        if not alone:
-            return self.source.unembedding()
+        return (self._made_from(layer.metadata) if alone else self.source).unembedding()
+
+    def _made_from(self, metadata: FilterMetadata) -> Source:
+        made_from = metadata.provenance
         if self.base is not None:
             return self._other(self.base, None)
         if made_from.model_id is None or made_from.revision is None:
@@ -287,8 +351,8 @@ class _Job:
             )
         return self._other(made_from.model_id, made_from.revision)
 
-    def _other(self, name: str, revision: str | None) -> Unembedding:
-        return replace(self.source, name=name, revision=revision).unembedding()
+    def _other(self, name: str, revision: str | None) -> Source:
+        return replace(self.source, name=name, revision=revision)
 
     def _backbone(self, unembedding: Unembedding) -> tuple[bool | None, str]:
         """Loads the backbone as sentence-transformers does, for what that would hide."""
@@ -374,6 +438,30 @@ class _Job:
         rounding = checks.calibration_error(whole, checks.encoding_error(model))
         told = f"repeated, differs by {difference:.1e}, rounding explains {rounding:.1e}"
         return (False if difference > rounding else None), told
+
+
+def _spectrum(
+    unembedding: Unembedding, metadata: FilterMetadata, precision: Precision = "float32"
+) -> tuple[Spectrum | None, Check]:
+    """The spectrum of a matrix, and whether it is the one that a filter was made from.
+
+    What float32 may leave in the model is allowed for, so it is enough here too.
+    """
+    made_from = metadata.provenance
+    try:
+        spectrum, found = unembedding.fit(metadata.band, precision=precision)
+        narrow = getattr(torch, made_from.dtype)
+        if found.dtype != made_from.dtype and unembedding.stored.dtype != narrow:
+            found = unembedding.provenance(narrow)
+    except EmbedFilterError as error:
+        return None, Check("unembedding", False, str(error))
+    if found.shape != made_from.shape:
+        told = f"shape {found.shape}, embfilter.json says {made_from.shape}"
+        return None, Check("unembedding", False, told)
+    same = found.sha256 == made_from.sha256
+    told = f"sha256 {found.sha256[:16]}... of {shown(found.tensor)}"
+    more = "" if same else f", embfilter.json says {made_from.sha256}"
+    return spectrum, Check("unembedding", same, told + more)
 
 
 class _UnknownError(EmbedFilterError):

@@ -1,0 +1,194 @@
+"""What `verify` compares of a folder with a filter baked into its weights.
+
+By itself: with W' = W_U diag(g) R^T the Gram matrix W'^T W' is diagonal, and on its diagonal stand
+the squares of the singular values in the order in which the window grows. Against the language
+model: every tensor, rotated anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from st_embfilter.errors import FormatError
+from st_embfilter.files.folder import ModelFiles
+from st_embfilter.files.tensors import open_checkpoint
+from st_embfilter.model.baked import rotation_of, rotation_order
+from st_embfilter.model.metadata import BAKED_FILE, FilterMetadata
+from st_embfilter.model.modules_file import MODULES_FILE
+from st_embfilter.saved import layout
+from st_embfilter.saved.baked_folder import Job, baked_tensors
+from st_embfilter.saved.checks import FLOAT32, turn_bounds
+from st_embfilter.spectrum.spectrum import Spectrum
+from st_embfilter.text import read_json, shown
+from st_embfilter.unembedding.head import meta_model, stored_name
+from st_embfilter.unembedding.matrix import Unembedding
+from st_embfilter.unembedding.residual import residual_of
+from st_embfilter.unembedding.source import Source
+
+#: How many times its root mean square the largest of up to 10^8 rounding errors may be.
+_LARGEST: Final = 8.0
+
+
+def find_baked(files: ModelFiles) -> FilterMetadata | None:
+    """What was baked into a folder; None for other folders.
+
+    Raises:
+        FormatError: If the metadata is malformed.
+    """
+    path = files.path(BAKED_FILE)
+    return None if path is None else FilterMetadata.from_json(path.read_bytes())
+
+
+def check_baked_modules(files: ModelFiles, d: int) -> tuple[bool, str]:
+    """The pipeline and the small files must be those that `export` writes.
+
+    Args:
+        files: Of the folder.
+        d: Width of the model.
+
+    Raises:
+        FormatError: If a file is missing or says something else.
+    """
+
+    def read(name: str, kind: Any = dict) -> Any:
+        path = files.path(name)
+        if path is None:
+            raise FormatError(f"a baked model must hold {name}, got none")
+        return read_json(path.read_bytes(), name, FormatError, kind, infinity=True)
+
+    found = [{k: v for k, v in one.items() if k != "idx"} for one in read(MODULES_FILE, list)]
+    whole = layout.modules_document("Transformer", "Pooling", normalize=True)
+    wanted = [
+        {"name": str(i), "path": one["path"], "type": one["type"]}
+        for i, one in enumerate([whole[0], whole[1], whole[3]])
+    ]
+    if found not in (wanted, wanted[:2]):
+        return False, f"{MODULES_FILE} must hold Transformer > Pooling [> Normalize], got another"
+    layout.check_transformer_config(read(layout.TRANSFORMER_CONFIG))
+    layout.check_pooling_config(read(layout.POOLING_CONFIG), d)
+    config = read(layout.BACKBONE_CONFIG)
+    if config.get("is_matryoshka") is not True or config.get("tie_word_embeddings") is not False:
+        return False, "config.json must say is_matryoshka and untied embeddings"
+    return True, "as export writes them"
+
+
+def check_gains(source: Source) -> tuple[bool, str]:
+    """The gains of the norms must be one: they are folded into the matrices.
+
+    Raises:
+        UnembeddingError: If the stream of the model cannot be followed.
+    """
+    config = source.config()
+    residual = residual_of(config)
+    model, checkpoint = meta_model(config), open_checkpoint(source.files)
+    for name in sorted(residual.gains):
+        stored = checkpoint.tensor(stored_name(model, checkpoint, name))
+        values = stored.read_rows(0, stored.shape[0]).to(torch.float64) + residual.offset
+        if not bool((values == 1).all()):
+            return False, f"{shown(name)} is no gain of one"
+    return True, f"one, in {len(residual.gains)} norms"
+
+
+def check_gram(unembedding: Unembedding, metadata: FilterMetadata) -> tuple[bool, str]:
+    """Whether the rotated head has the singular directions as its columns, in nested order.
+
+    A stored number has a relative error of at most u, on average u / sqrt(3); the Gram matrix gets
+    the sum of their products.
+
+    Args:
+        unembedding: W', (V, d), of the folder itself.
+        metadata: Of the filter that was baked.
+    """
+    d = unembedding.d
+    gram = torch.zeros(d, d, dtype=torch.float64)
+    powers = torch.zeros_like(gram)
+    for block in unembedding.blocks():
+        wide = block.to(torch.float64)
+        gram += wide.T @ wide
+        powers += wide.square().T @ wide.square()
+    # Narrow types are rotated in float32, whose sums round as well.
+    unit = torch.finfo(unembedding.stored.dtype).eps / 2 + FLOAT32 * (
+        d**0.5 if unembedding.stored.dtype.itemsize < 4 else 1
+    )
+    squares = gram.diagonal()
+    error = _LARGEST * unit * powers.sqrt() + d * 2.0**-53 * squares.max()
+    outside = gram.abs() - error
+    outside.diagonal().zero_()
+    if float(outside.max()) > 0:
+        worst = float((outside / squares.max()).max())
+        return False, f"columns of the head are no singular directions: mixed by {worst:.1e}"
+    descending = torch.empty_like(squares)
+    order = rotation_order(metadata.band, d)
+    descending[order] = squares
+    slack = torch.empty_like(squares)
+    slack[order] = error.diagonal()
+    rises = descending[1:] - descending[:-1] - slack[1:] - slack[:-1]
+    if float(rises.max()) > 0:
+        place = int(rises.argmax())
+        return False, f"singular values {place} and {place + 1} stand in another order"
+    return True, f"{d} columns are singular directions in nested order"
+
+
+def check_weights(
+    source: Source, base: Source, spectrum: Spectrum, metadata: FilterMetadata
+) -> tuple[bool, str]:
+    """Every tensor against that of the language model, rotated anew.
+
+    Args:
+        source: The folder.
+        base: The language model.
+        spectrum: Of its W_U diag(g), in float64.
+        metadata: Of the filter that was baked.
+
+    Raises:
+        UnembeddingError: If a tensor is missing.
+    """
+    config = source.config()
+    model, checkpoint = meta_model(config), open_checkpoint(source.files)
+    rotation = rotation_of(spectrum, metadata.band)
+    order = rotation_order(metadata.band, spectrum.d)
+    exact = replace(spectrum, energy=None)  # as the export computes it
+    turns = turn_bounds(exact, order).norm(dim=1)
+    dtypes = {name: checkpoint.tensor(name).dtype for name in model.state_dict()}
+    count = 0
+    for job in baked_tensors(base, config, rotation, dtypes):
+        stored = checkpoint.tensor(stored_name(model, checkpoint, job.name))
+        found = stored.read_rows(0, stored.shape[0])
+        if len(job.shape) == 1:
+            found = found[:, 0]
+        if tuple(found.shape) != job.shape:
+            return False, f"{shown(job.name)} has shape {tuple(found.shape)}, not {job.shape}"
+        worst = _excess(job, found, turns)
+        if worst > 0:
+            return False, f"{shown(job.name)} is not that of the language model, by {worst:.1e}"
+        count += 1
+    return True, f"{count} tensors, each that of the language model after the rotation"
+
+
+def _excess(job: Job, found: Tensor, turns: Tensor) -> float:
+    """How far a tensor is beyond what rounding explains; 0 if it is not, inf for no numbers."""
+    worst, first = 0.0, 0
+    narrow = job.dtype.itemsize < 4
+    sums = FLOAT32 * len(turns) ** 0.5 if narrow else 2.0**-53 * len(turns)
+    wide = found.to(torch.float64)
+    columns = wide.norm(dim=0)
+    for block in job.rows:
+        expected = block.to(torch.float64)
+        if expected.ndim != wide.ndim:  # a vector as one column
+            expected = expected.reshape(-1)
+        part = wide[first : first + len(expected)]
+        if not bool(torch.isfinite(part).all()):
+            return float("inf")
+        allowed = torch.finfo(job.dtype).eps * expected.abs() + torch.finfo(job.dtype).tiny
+        if job.axis == 1:
+            allowed = allowed + part.norm(dim=1, keepdim=True) * (turns + 4 * sums)
+        elif job.axis == 0:
+            rows = turns[first : first + len(expected)] + 4 * sums
+            allowed = allowed + (rows[:, None] * columns if part.ndim > 1 else rows * columns)
+        worst = max(worst, float(((part - expected).abs() - allowed).max()))
+        first += len(expected)
+    return worst

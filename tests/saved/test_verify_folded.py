@@ -1,0 +1,249 @@
+"""`verify` and `inspect` of models whose filter is no module: static tables, rotated weights."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import st_embfilter
+from st_embfilter.cli import app
+from st_embfilter.saved.baked_folder import export_folder
+from st_embfilter.saved.verify import verify
+from tests.conftest import tiny_lm
+
+TABLE = "0_StaticEmbedding/model.safetensors"
+TEXTS = [f"w{i} w{i + 1} tea w{(7 * i) % 90}" for i in range(1, 60)]
+Attack = Callable[[Path], object]
+
+
+def results(folder: Path, base: Path | None, **options: Any) -> dict[str, bool | None]:
+    found = verify(folder, base=base, show_progress_bar=False, **options)
+    return {check.name: check.passed for check in found}
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model with gains that matter, and an untied head."""
+    folder = tmp_path_factory.mktemp("folded") / "lm"
+    model = tiny_lm(folder, bos_token_id=None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 2.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def build(lm: Path, target: Path, **options: Any) -> Path:
+    model = st_embfilter.from_causal_lm(lm, device="cpu", show_progress_bar=False, **options)
+    return st_embfilter.save_pretrained(model, target)
+
+
+@pytest.fixture(scope="module")
+def static(lm: Path) -> Path:
+    return build(lm, lm.parent / "static", layers=0)
+
+
+@pytest.fixture(scope="module")
+def baked(lm: Path) -> Path:
+    folder = build(lm, lm.parent / "filtered", norm="folded", keep=0.75)
+    export_folder(folder, lm.parent / "baked")
+    return lm.parent / "baked"
+
+
+def edit(file: str, change: Callable[[Any], object]) -> Attack:
+    def attack(folder: Path) -> None:
+        document = json.loads((folder / file).read_text())
+        change(document)
+        (folder / file).write_text(json.dumps(document))
+
+    return attack
+
+
+def tensor(file: str, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Attack:
+    def attack(folder: Path) -> None:
+        weights = load_file(folder / file)
+        key = next(key for key in weights if name in key)
+        weights[key] = change(weights[key].clone()).contiguous()
+        save_file(weights, folder / file, metadata={"format": "pt"})
+
+    return attack
+
+
+# Static models -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": "float32", "normalize": True},
+        {"dtype": "bfloat16", "token_weights": "zipf", "band": "edges", "keep": 9},
+        {"norm": "folded", "dtype": "float32"},
+    ],
+)
+def test_a_good_table(lm: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = build(lm, tmp_path / "static", layers=0, **options)
+    for rebuild in (False, True):
+        found = results(folder, lm, rebuild=rebuild)
+        assert set(found.values()) == {True}, found
+        assert {"files", "modules", "unembedding", "tokenizer", "rows"} <= set(found)
+
+
+def test_a_calibrated_table(lm: Path, tmp_path: Path) -> None:
+    folder = build(lm, tmp_path / "static", layers=0, calibrate=TEXTS, dtype="float32")
+    found = results(folder, lm)
+    assert (found.pop("calibration"), set(found.values())) == (None, {True})
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))[0]
+    tensor(TABLE, "embedding", lambda rows: rows @ turn)(folder)
+    assert results(folder, lm)["rows"] is False
+
+
+def test_without_the_language_model_a_table_is_unproven(static: Path) -> None:
+    found = results(static, None)
+    assert found["unembedding"] is None
+    assert "rows" not in found
+    assert CliRunner().invoke(app, ["verify", str(static)]).exit_code == 3
+
+
+def moved_row(rows: torch.Tensor) -> torch.Tensor:
+    rows[17] *= 1.01
+    return rows
+
+
+STATIC_ATTACKS: dict[str, tuple[Attack, str]] = {
+    "a row": (tensor(TABLE, "embedding", moved_row), "rows"),
+    "two tokens": (tensor(TABLE, "embedding", lambda r: r[[1, 0, *range(2, len(r))]]), "rows"),
+    "two columns": (tensor(TABLE, "embedding", lambda r: r[:, [1, 0, *range(2, 16)]]), "rows"),
+    "a sign": (tensor(TABLE, "embedding", lambda r: r * torch.tensor([-1.0] + [1.0] * 15)), "rows"),
+    "too few rows": (tensor(TABLE, "embedding", lambda r: r[:-1]), "rows"),
+    "NaN": (tensor(TABLE, "embedding", lambda r: r * torch.nan), "files"),
+    "another width": (tensor(TABLE, "embedding", lambda r: r[:, :8]), "files"),
+    "the hash": (
+        edit("embfilter.json", lambda d: d["unembedding"].update(sha256="0" * 64)),
+        "unembedding",
+    ),
+    "another word": (
+        edit(
+            "0_StaticEmbedding/tokenizer.json",
+            lambda d: d["model"]["vocab"].update(tea=d["model"]["vocab"].pop("cup")),
+        ),
+        "tokenizer",
+    ),
+    "a module": (
+        edit("modules.json", lambda m: m.append({**m[0], "idx": 1, "name": "1"})),
+        "modules",
+    ),
+    "no card": (lambda folder: (folder / "README.md").unlink(), "card"),
+}
+
+
+@pytest.mark.parametrize("name", STATIC_ATTACKS)
+def test_a_forged_table(static: Path, lm: Path, tmp_path: Path, name: str) -> None:
+    attack, check = STATIC_ATTACKS[name]
+    copy = Path(shutil.copytree(static, tmp_path / "copy"))
+    attack(copy)
+    assert results(copy, lm)[check] is False
+
+
+# Rotated weights -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_good_weights(tmp_path: Path, dtype: torch.dtype | None, tied: bool) -> None:
+    tiny_lm(tmp_path / "lm", "qwen2", vocab_size=256, tie_word_embeddings=tied)
+    folder = build(tmp_path / "lm", tmp_path / "filtered", norm="folded", normalize=tied)
+    export_folder(folder, tmp_path / "baked", dtype=dtype)
+    for base in (tmp_path / "lm", folder):
+        found = results(tmp_path / "baked", base, rebuild=True)
+        assert set(found.values()) == {True}, verify(tmp_path / "baked", base=base)
+        assert {"gains", "directions", "unembedding", "rows", "backbone"} <= set(found)
+
+
+def test_a_baked_model_with_fewer_blocks(lm: Path, tmp_path: Path) -> None:
+    folder = build(lm, tmp_path / "filtered", norm="folded", layers=1)
+    export_folder(folder, tmp_path / "baked")
+    assert set(results(tmp_path / "baked", lm).values()) == {True}
+
+
+def test_without_the_language_model_the_directions_are_proven(baked: Path) -> None:
+    found = results(baked, None)
+    assert found.pop("unembedding") is None
+    assert set(found.values()) == {True}
+    assert "rows" not in found
+
+
+WEIGHTS = "model.safetensors"
+
+
+def mixed(head: torch.Tensor) -> torch.Tensor:
+    """Two columns turned by half a degree: the logits of no language model change much."""
+    angle = torch.tensor(0.01)
+    turn = torch.eye(32)
+    turn[0, 0] = turn[1, 1] = angle.cos()
+    turn[0, 1], turn[1, 0] = angle.sin(), -angle.sin()
+    return head @ turn
+
+
+BAKED_ATTACKS: dict[str, tuple[Attack, set[str]]] = {
+    "mixed directions": (tensor(WEIGHTS, "lm_head", mixed), {"directions", "rows"}),
+    "swapped directions": (
+        tensor(WEIGHTS, "lm_head", lambda w: w[:, [1, 0, *range(2, 32)]]),
+        {"directions", "rows"},
+    ),
+    "a flipped sign": (
+        tensor(WEIGHTS, "lm_head", lambda w: w * torch.tensor([-1.0] + [1.0] * 31)),
+        {"rows"},
+    ),
+    "a matrix that writes": (tensor(WEIGHTS, "o_proj", lambda w: w * 1.001), {"rows"}),
+    "a matrix that reads": (tensor(WEIGHTS, "q_proj", lambda w: w.flip(1)), {"rows"}),
+    "an embedding": (tensor(WEIGHTS, "embed_tokens", lambda w: w + 1e-4), {"rows"}),
+    "a gain": (tensor(WEIGHTS, "model.norm", lambda w: w * 2), {"gains", "rows"}),
+    "NaN": (tensor(WEIGHTS, "o_proj", lambda w: w * torch.nan), {"backbone", "rows"}),
+    "the band": (
+        edit("embfilter_baked.json", lambda d: d["filter"].update(band="dominant", start=0)),
+        {"directions", "rows"},
+    ),
+    "the hash": (
+        edit("embfilter_baked.json", lambda d: d["unembedding"].update(sha256="0" * 64)),
+        {"unembedding"},
+    ),
+    "a Dense again": (
+        edit(
+            "modules.json",
+            lambda m: m.append({**m[1], "type": "sentence_transformers.models.Dense"}),
+        ),
+        {"modules"},
+    ),
+    "no prefixes": (edit("config.json", lambda d: d.pop("is_matryoshka")), {"modules"}),
+}
+
+
+@pytest.mark.parametrize("name", BAKED_ATTACKS)
+def test_forged_weights(baked: Path, lm: Path, tmp_path: Path, name: str) -> None:
+    attack, checks = BAKED_ATTACKS[name]
+    copy = Path(shutil.copytree(baked, tmp_path / "copy"))
+    attack(copy)
+    found = results(copy, lm)
+    assert {name for name, passed in found.items() if not passed} == checks
+
+
+def test_damaged_metadata_is_no_model_of_ours(baked: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(baked, tmp_path / "copy"))
+    (copy / "embfilter_baked.json").write_text("{}")
+    assert results(copy, None) == {"files": False}
+
+
+def test_inspect(static: Path, baked: Path) -> None:
+    for folder, told in ((static, "a table of token embeddings"), (baked, "the first 24 of 32")):
+        run = CliRunner().invoke(app, ["inspect", str(folder)])
+        assert run.exit_code == 0, run.output
+        assert told in run.output
+        assert "bulk" in run.output
