@@ -3,23 +3,79 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from st_embfilter.errors import ShapeError
+from st_embfilter.errors import EmbedFilterError, ShapeError
 from st_embfilter.model.layer import EmbedFilterLayer
-from st_embfilter.spectrum.gram import NEARLY, signs
+from st_embfilter.model.metadata import FilterMetadata
+from st_embfilter.spectrum.gram import NEARLY, Precision, signs
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.spectrum.whitening import MAX_CONDITION
+from st_embfilter.text import shown
+from st_embfilter.unembedding.matrix import Unembedding
 
 #: float32 rounds every entry of a row by half of this, relative.
 FLOAT32: Final = 2.0**-23
 
 #: A turn of directions beyond which first-order perturbation says nothing.
 _FIRST_ORDER: Final = 0.1
+
+
+@dataclass(frozen=True)
+class Check:
+    """Result of one check.
+
+    Attributes:
+        name: What was checked.
+        passed: None if it could not be done here.
+        detail: What was found; of what is unproven, why, and what would prove it.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+    @property
+    def word(self) -> str:
+        """One of ok, FAILED and unproven."""
+        return {True: "ok", False: "FAILED", None: "unproven"}[self.passed]
+
+
+def attempt(name: str, action: Callable[[], tuple[bool | None, str]]) -> Check:
+    """The check that an action makes; an error of ours is a failure."""
+    try:
+        return Check(name, *action())
+    except EmbedFilterError as error:
+        return Check(name, False, str(error))
+
+
+def measured_spectrum(
+    unembedding: Unembedding, metadata: FilterMetadata, precision: Precision = "float32"
+) -> tuple[Spectrum | None, Check]:
+    """The spectrum of a matrix, and whether it is the one that a filter was made from.
+
+    What float32 may leave in the model is allowed for, so it is enough here too.
+    """
+    made_from = metadata.provenance
+    try:
+        spectrum, found = unembedding.fit(metadata.band, precision=precision)
+        narrow = getattr(torch, made_from.dtype)
+        if found.dtype != made_from.dtype and unembedding.stored.dtype != narrow:
+            found = unembedding.provenance(narrow)
+    except EmbedFilterError as error:
+        return None, Check("unembedding", False, str(error))
+    if found.shape != made_from.shape:
+        told = f"shape {found.shape}, embfilter.json says {made_from.shape}"
+        return None, Check("unembedding", False, told)
+    same = found.sha256 == made_from.sha256
+    told = f"sha256 {found.sha256[:16]}... of {shown(found.tensor)}"
+    more = "" if same else f", embfilter.json says {made_from.sha256}"
+    return spectrum, Check("unembedding", same, told + more)
 
 
 def turn_bounds(spectrum: Spectrum, indices: Tensor) -> Tensor:

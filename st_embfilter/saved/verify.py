@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import AutoModel
@@ -25,6 +24,7 @@ from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.sampling import sample_texts
 from st_embfilter.saved import baked_checks, checks, layout, static_checks
 from st_embfilter.saved.card_rules import check_card, stated_base
+from st_embfilter.saved.checks import Check, attempt, measured_spectrum
 from st_embfilter.saved.load import load, read_saved
 from st_embfilter.saved.runtimes import older_layout
 from st_embfilter.saved.static import check_table
@@ -41,26 +41,6 @@ CALIBRATION_TOLERANCE: Final = 1e-2
 
 #: More texts than this are not sampled again: it would take a day.
 MAX_SAMPLED: Final = 65_536
-
-
-@dataclass(frozen=True)
-class Check:
-    """Result of one check.
-
-    Attributes:
-        name: What was checked.
-        passed: None if it could not be done here.
-        detail: What was found; of what is unproven, why, and what would prove it.
-    """
-
-    name: str
-    passed: bool | None
-    detail: str
-
-    @property
-    def word(self) -> str:
-        """One of ok, FAILED and unproven."""
-        return {True: "ok", False: "FAILED", None: "unproven"}[self.passed]
 
 
 def verify(
@@ -139,17 +119,17 @@ class _Job:
         metadata = layer.metadata
         yield Check("window", True, f"{metadata.band} band, {metadata.k} of {metadata.d}")
         if metadata.norm is None:
-            yield _attempt("rows", lambda: checks.check_rows(layer))
+            yield attempt("rows", lambda: checks.check_rows(layer))
         else:  # what they are divided by is in the model
             self.source = replace(self.source, norm=metadata.norm)
         if self.source.is_folder:
-            yield _attempt("links", self._links)
+            yield attempt("links", self._links)
         if not alone:
-            yield _attempt("modules", lambda: self._modules(layer))
-            yield _attempt("layout", lambda: self._layout(metadata.prompt is not None))
-            yield _attempt("card", lambda: self._card(metadata))
+            yield attempt("modules", lambda: self._modules(layer))
+            yield attempt("layout", lambda: self._layout(metadata.prompt is not None))
+            yield attempt("card", lambda: self._card(metadata))
             if metadata.depth is not None:
-                yield _attempt("depth", lambda: self._depth(layer))
+                yield attempt("depth", lambda: self._depth(layer))
         yield from self._against_the_matrix(layer, alone)
 
     def _folded(self) -> list[Check] | None:
@@ -168,11 +148,11 @@ class _Job:
         path = self.files.path(static_checks.TABLE_FILE)
         kept = f"{metadata.band} band, {metadata.k} of {metadata.d}, no block of {depth.of}"
         checked = [
-            _attempt("files", lambda: check_table(path, metadata)),
+            attempt("files", lambda: check_table(path, metadata)),
             Check("window", True, kept),
-            *([_attempt("links", self._links)] if self.source.is_folder else []),
-            _attempt("modules", lambda: static_checks.check_static_modules(self.files)),
-            _attempt("card", lambda: self._card(metadata)),
+            *([attempt("links", self._links)] if self.source.is_folder else []),
+            attempt("modules", lambda: static_checks.check_static_modules(self.files)),
+            attempt("card", lambda: self._card(metadata)),
         ]
         return [*checked, *self._static_source(metadata, path)]
 
@@ -193,8 +173,8 @@ class _Job:
             yield Check("rows", False, str(error))
             return
         stored = self.files.path(static_checks.TOKENIZER_FILE)
-        yield _attempt("tokenizer", lambda: static_checks.check_tokenizer(stored, tokenizer))
-        yield _attempt(
+        yield attempt("tokenizer", lambda: static_checks.check_tokenizer(stored, tokenizer))
+        yield attempt(
             "rows",
             lambda: static_checks.check_table_rows(table, metadata, states, matrix, gain),
         )
@@ -208,17 +188,17 @@ class _Job:
         kept = f"{metadata.band} band, the first {metadata.k} of {metadata.d}"
         yield Check("window", True, kept)
         if self.source.is_folder:
-            yield _attempt("links", self._links)
-        yield _attempt("modules", lambda: baked_checks.check_baked_modules(self.files, metadata.d))
-        yield _attempt("card", lambda: self._card(metadata))
+            yield attempt("links", self._links)
+        yield attempt("modules", lambda: baked_checks.check_baked_modules(self.files, metadata.d))
+        yield attempt("card", lambda: self._card(metadata))
         try:
             unembedding = own.unembedding()
         except EmbedFilterError as error:
             yield Check("backbone", False, str(error))
             return
-        yield _attempt("backbone", lambda: self._backbone(unembedding))
-        yield _attempt("gains", lambda: baked_checks.check_gains(own))
-        yield _attempt("directions", lambda: baked_checks.check_gram(unembedding, metadata))
+        yield attempt("backbone", lambda: self._backbone(unembedding))
+        yield attempt("gains", lambda: baked_checks.check_gains(own))
+        yield attempt("directions", lambda: baked_checks.check_gram(unembedding, metadata))
         self.source = replace(self.source, norm="folded")
         base, spectrum, check = self._source_matrix(metadata, precision="float64")
         yield check
@@ -228,7 +208,7 @@ class _Job:
             yield Check("rows", None, "the base model was not downloaded; with --rebuild it is")
             return
         matrix, origin = spectrum, base
-        yield _attempt("rows", lambda: baked_checks.check_weights(own, origin, matrix, metadata))
+        yield attempt("rows", lambda: baked_checks.check_weights(own, origin, matrix, metadata))
 
     def _source_matrix(
         self, metadata: FilterMetadata, precision: Precision = "float32"
@@ -241,7 +221,7 @@ class _Job:
             return None, None, Check("unembedding", None, f"{error}; give base= (--base)")
         except EmbedFilterError as error:
             return None, None, Check("unembedding", False, str(error))
-        spectrum, check = _spectrum(unembedding, metadata, precision)
+        spectrum, check = measured_spectrum(unembedding, metadata, precision)
         return base, spectrum, check
 
     def _depth(self, layer: EmbedFilterLayer) -> tuple[bool, str]:
@@ -265,20 +245,20 @@ class _Job:
         saved, gain = layer, unembedding.gain
         if gain is not None:
             layer = checks.unfolded(saved, gain)
-            yield _attempt("rows", lambda: checks.check_rows(layer))
+            yield attempt("rows", lambda: checks.check_rows(layer))
         if not alone:
-            yield _attempt("backbone", lambda: self._backbone(unembedding))
-        found, check = _spectrum(unembedding, layer.metadata)
+            yield attempt("backbone", lambda: self._backbone(unembedding))
+        found, check = measured_spectrum(unembedding, layer.metadata)
         yield check
         if found is None:
             return
         spectrum = found
-        yield _attempt("directions", lambda: checks.check_directions(spectrum, layer))
-        yield _attempt("spectrum", lambda: checks.check_spectrum(spectrum, layer))
+        yield attempt("directions", lambda: checks.check_directions(spectrum, layer))
+        yield attempt("spectrum", lambda: checks.check_spectrum(spectrum, layer))
         if self.rebuild:
-            yield _attempt("rebuild", lambda: checks.check_prefixes(spectrum, layer))
+            yield attempt("rebuild", lambda: checks.check_prefixes(spectrum, layer))
         if layer.metadata.calibration is not None:
-            yield _attempt("calibration", lambda: self._calibration(saved, layer, gain, alone))
+            yield attempt("calibration", lambda: self._calibration(saved, layer, gain, alone))
 
     def _links(self) -> tuple[bool, str]:
         found = links_out(Path(self.source.name))
@@ -440,36 +420,5 @@ class _Job:
         return (False if difference > rounding else None), told
 
 
-def _spectrum(
-    unembedding: Unembedding, metadata: FilterMetadata, precision: Precision = "float32"
-) -> tuple[Spectrum | None, Check]:
-    """The spectrum of a matrix, and whether it is the one that a filter was made from.
-
-    What float32 may leave in the model is allowed for, so it is enough here too.
-    """
-    made_from = metadata.provenance
-    try:
-        spectrum, found = unembedding.fit(metadata.band, precision=precision)
-        narrow = getattr(torch, made_from.dtype)
-        if found.dtype != made_from.dtype and unembedding.stored.dtype != narrow:
-            found = unembedding.provenance(narrow)
-    except EmbedFilterError as error:
-        return None, Check("unembedding", False, str(error))
-    if found.shape != made_from.shape:
-        told = f"shape {found.shape}, embfilter.json says {made_from.shape}"
-        return None, Check("unembedding", False, told)
-    same = found.sha256 == made_from.sha256
-    told = f"sha256 {found.sha256[:16]}... of {shown(found.tensor)}"
-    more = "" if same else f", embfilter.json says {made_from.sha256}"
-    return spectrum, Check("unembedding", same, told + more)
-
-
 class _UnknownError(EmbedFilterError):
     """Where the unembedding matrix is, is not known here."""
-
-
-def _attempt(name: str, action: Callable[[], tuple[bool | None, str]]) -> Check:
-    try:
-        return Check(name, *action())
-    except EmbedFilterError as error:
-        return Check(name, False, str(error))
