@@ -190,7 +190,7 @@ def _draw(ids: Tensor, logits: Tensor) -> Tensor:
 
 def cpu_dtype() -> torch.dtype:
     """What a CPU multiplies fastest: bfloat16 if it has instructions for it, or else float32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if native else torch.float32
 
