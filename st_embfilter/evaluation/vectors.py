@@ -28,14 +28,6 @@ CHUNK: Final = 1024
 class Encoder(Protocol):
     """What a task needs: texts to vectors."""
 
-    @property
-    def width(self) -> int | None:
-        """Dimensions of a vector, where the model says so."""
-        dimension: Callable[[], int | None] = getattr(
-            self.model, "get_embedding_dimension", lambda: None
-        )
-        return dimension()
-
     def encode(
         self, texts: Sequence[str], *, method: str = "encode", prompt: str | None = None
     ) -> Vectors:
