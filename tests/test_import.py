@@ -89,6 +89,19 @@ def test_the_order_of_the_rooms_can_fail() -> None:
         room("st_embfilter.loose")
 
 
+#: Lines of the longest file: what one responsibility takes.
+LONGEST = 420
+
+
+def test_no_file_has_grown_into_several() -> None:
+    lengths = {
+        path.relative_to(PACKAGE).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in PACKAGE.rglob("*.py")
+    }
+    assert len(lengths) > 50
+    assert not {name: lines for name, lines in lengths.items() if lines > LONGEST}
+
+
 @pytest.mark.parametrize(
     ("old", "name"),
     [

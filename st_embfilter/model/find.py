@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from st_embfilter.errors import FormatError
+from st_embfilter.files.folder import ModelFiles
 from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE, parse_modules
 from st_embfilter.unembedding.source import Source
@@ -43,7 +44,11 @@ def find_filter(source: Source) -> FoundFilter | None:
         FormatError: If there is metadata, and it is malformed.
         HubError: If the Hub, the repository or the revision cannot be reached.
     """
-    files = source.files
+    return find_in(source.files)
+
+
+def find_in(files: ModelFiles) -> FoundFilter | None:
+    """`find_filter` on files that were opened already."""
     modules_file = files.path(MODULES_FILE)
     form: Form = "alone" if modules_file is None else "portable"
     folder = ""

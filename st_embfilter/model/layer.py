@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Final
 
 import torch
 from huggingface_hub import CommitInfo
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Module, Normalize, Pooling
 from torch import Tensor, nn
@@ -21,21 +20,10 @@ from st_embfilter.errors import FormatError, PlacementError, ShapeError
 from st_embfilter.files.folder import ModelFiles
 from st_embfilter.files.hub import model_files
 from st_embfilter.files.staging import staged
-from st_embfilter.files.tensors import SAFETENSORS_FILE
 from st_embfilter.files.upload import upload
+from st_embfilter.model.filter_files import check_parts, filter_card, load_tensors, read_parts
 from st_embfilter.model.metadata import METADATA_FILE, SPECTRUM_FILE, FilterMetadata
 from st_embfilter.model.modules_file import IDENTITY
-from st_embfilter.text import reading
-
-#: Folders of a filter's weights and of its metadata: in the portable form, in that of
-#: sentence-transformers, and alone.
-_FOLDERS: Final = (("2_Dense/", ""), ("2_EmbedFilterLayer/", "2_EmbedFilterLayer/"), ("", ""))
-
-#: What a projection and a bias may be stored in; the layer computes in float32.
-_DTYPES: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-#: Rounding to 16 bits leaves less than this, a damaged matrix more.
-MAX_SKEW: Final = 0.01
 
 FEATURE: Final = "sentence_embedding"
 
@@ -190,11 +178,12 @@ class EmbedFilterLayer(Module):
             )
         weights = cls.load_torch_weights(model_name_or_path, **where)
         spectrum_file = cls.load_file_path(model_name_or_path, SPECTRUM_FILE, **where)
-        return assemble(
+        parts = check_parts(
             weights,
-            _read_text(Path(metadata_file)),
-            None if spectrum_file is None else _load_file(Path(spectrum_file)),
+            FilterMetadata.from_json(Path(metadata_file).read_bytes()),
+            None if spectrum_file is None else load_tensors(Path(spectrum_file)),
         )
+        return cls(*parts)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Writes the filter alone, without the model: a few megabytes.
@@ -321,122 +310,17 @@ class _FrozenLinear(nn.Module):
 EmbedFilterLayer.__module__ = "st_embfilter"
 
 
-def assemble(
-    weights: dict[str, Tensor], metadata_json: str, spectrum: dict[str, Tensor] | None
-) -> EmbedFilterLayer:
-    """A layer from the contents of its three files.
-
-    Raises:
-        FormatError: If the metadata is malformed or the weights do not fit it.
-    """
-    metadata = FilterMetadata.from_json(metadata_json)
-    expected = (metadata.k, metadata.d)
-    names = {"linear.weight"} | ({"linear.bias"} if metadata.calibration is not None else set())
-    if set(weights) != names:
-        raise FormatError(
-            f"the weights of this filter must be {sorted(names)} as {METADATA_FILE} says, got "
-            f"{sorted(weights)}"
-        )
-    projection, bias = weights["linear.weight"], weights.get("linear.bias")
-    fits = tuple(projection.shape) == expected and projection.dtype in _DTYPES
-    if not fits or not bool(torch.isfinite(projection).all()):
-        raise FormatError(
-            f"the projection must be finite and of shape {expected} as {METADATA_FILE} says, got "
-            f"shape {tuple(projection.shape)} and {projection.dtype}; the files do not belong "
-            "together"
-        )
-    if metadata.calibration is None and metadata.norm is None and _skew(projection) > MAX_SKEW:
-        raise FormatError(
-            "the rows of a projection must be orthonormal, got a matrix that is not; the file was "
-            "edited or is damaged"
-        )
-    if bias is not None and (
-        tuple(bias.shape) != expected[:1]
-        or bias.dtype not in _DTYPES
-        or not bool(torch.isfinite(bias).all())
-    ):
-        raise FormatError(
-            f"the bias must be finite and of shape {expected[:1]} as {METADATA_FILE} says, got "
-            f"shape {tuple(bias.shape)}; the files do not belong together"
-        )
-    singular_values = None
-    if spectrum is not None:
-        singular_values = spectrum.get("singular_values")
-        if singular_values is None or not _is_spectrum(singular_values, metadata.d):
-            raise FormatError(
-                f"{SPECTRUM_FILE} must hold {metadata.d} singular values, finite, >= 0 and "
-                f"descending, got {', '.join(sorted(spectrum)) or 'no tensor'}"
-            )
-    return EmbedFilterLayer(projection, metadata, singular_values, bias)
-
-
-def read_filter(files: ModelFiles, folder: str | None = None) -> EmbedFilterLayer:
-    """The filter among the files of a model, in any form.
-
-    Args:
-        files: Of a filtered model, or of a filter alone.
-        folder: Where its weights must lie, with a slash at the end; None for the first that is
-            found.
-
-    Raises:
-        FormatError: If there is no filter, or its files contradict each other.
-    """
-    for weights_folder, metadata_folder in _FOLDERS:
-        if folder not in (None, weights_folder):
-            continue
-        metadata_file = files.path(f"{metadata_folder}{METADATA_FILE}")
-        weights_file = metadata_file and files.path(f"{weights_folder}{SAFETENSORS_FILE}")
-        if metadata_file is None or weights_file is None:
-            continue
-        spectrum_file = files.path(f"{weights_folder}{SPECTRUM_FILE}") or files.path(
-            f"{metadata_folder}{SPECTRUM_FILE}"  # where 0.1.0 put it
-        )
-        with reading(files.where, FormatError, "hold a filter that can be read"):
-            return assemble(
-                _load_file(weights_file),
-                _read_text(metadata_file),
-                None if spectrum_file is None else _load_file(spectrum_file),
-            )
-    where = "" if folder is None else f" in {folder!r:.80}, where modules.json places them"
-    raise FormatError(
-        f"a filtered model must hold {METADATA_FILE} and the weights of its filter{where}, got "
-        f"none in {files.where}; build one with from_causal_lm or `st-embfilter build`"
-    )
-
-
-def _skew(projection: Tensor) -> float:
-    """How far P P^T x is from x, relative to its length, for some fixed random vectors x.
-
-    Takes O(k d) instead of the O(k^2 d) of the whole product, which `verify` checks.
-    """
-    rows = projection.to(torch.float32)
-    x = torch.randn(rows.shape[0], 4, generator=torch.Generator().manual_seed(0))
-    return float((rows @ (rows.T @ x) - x).norm() / x.norm())
-
-
-def _is_spectrum(values: Tensor, d: int) -> bool:
-    return (
-        tuple(values.shape) == (d,)
-        and values.dtype in (torch.float32, torch.float64)
-        and bool(torch.isfinite(values).all())
-        and bool((values >= 0).all())
-        and bool((values.diff() <= 0).all())
-    )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path.name} must be a text in UTF-8, got: {error}") from error
-
-
 def write_metadata(folder: str | os.PathLike[str], layer: EmbedFilterLayer) -> None:
     """Writes the metadata and, where it is known, the spectrum."""
     folder = Path(folder)
     (folder / METADATA_FILE).write_text(layer.metadata.to_json(), encoding="utf-8")
     if layer.singular_values is not None:
         save_file({"singular_values": layer.singular_values.cpu()}, folder / SPECTRUM_FILE)
+
+
+def read_filter(files: ModelFiles, folder: str | None = None) -> EmbedFilterLayer:
+    """The filter among the files of a model, see `read_parts`."""
+    return EmbedFilterLayer(*read_parts(files, folder))
 
 
 def check_placement(modules: Iterable[nn.Module]) -> None:
@@ -468,47 +352,6 @@ def check_placement(modules: Iterable[nn.Module]) -> None:
             f"EmbedFilterLayer must stand directly after Pooling, got {names}; a Dense layer "
             "before it leaves the space of the unembedding matrix"
         )
-
-
-def _load_file(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path.name} must be a safetensors file, got: {error}") from error
-    return tensors
-
-
-def filter_card(metadata: FilterMetadata, name: str = "path/to/this/folder") -> str:
-    """The card of a filter alone; `name` is the folder or Hub id that it is loaded from."""
-    source = metadata.provenance
-    on_hub = source.model_id is not None and source.revision is not None
-    base = f"base_model: {source.model_id}\nbase_model_relation: adapter\n" if on_hub else ""
-    model = source.model_id or "a language model"
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-{base}tags:
-- sentence-transformers
-- embedfilter
----
-
-# EmbedFilter for {model}
-
-The {metadata.band} band of the singular directions of `{source.tensor}`, without the model: it maps
-pooled hidden states of {metadata.d} dimensions to {metadata.k}
-([EmbedFilter](https://arxiv.org/abs/2606.07502)). It fits every model with the same unembedding
-matrix:
-
-`sha256 {source.sha256}`
-
-```python
-import st_embfilter
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{source.model_id or "my-decoder-model"}")
-st_embfilter.add_filter(model, "{name}")
-```
-"""
 
 
 def filter_of(model: SentenceTransformer) -> EmbedFilterLayer | None:

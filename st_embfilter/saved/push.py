@@ -18,7 +18,8 @@ from st_embfilter.files.folder import links_out
 from st_embfilter.files.tensors import SAFETENSORS_FILE, read_index
 from st_embfilter.files.upload import upload
 from st_embfilter.model.backbone import backbone_files
-from st_embfilter.model.layer import EmbedFilterLayer, filter_card
+from st_embfilter.model.filter_files import filter_card
+from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.metadata import METADATA_FILE, FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.saved.card import card_of_folder

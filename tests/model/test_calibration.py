@@ -11,7 +11,9 @@ from torch.testing import assert_close
 import st_embfilter
 from st_embfilter.errors import CalibrationError, FormatError
 from st_embfilter.model.calibrate import GENERIC_TEXTS, generic_texts
-from st_embfilter.model.layer import assemble, filter_of
+from st_embfilter.model.filter_files import check_parts
+from st_embfilter.model.layer import filter_of
+from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.sampling import sample_texts
 from st_embfilter.saved.checks import calibration_error
 from st_embfilter.spectrum.whitening import (
@@ -264,4 +266,4 @@ def test_a_record_that_does_not_fit(demo_lm: Path, change: object, message: str)
     document = json.loads(layer.metadata.to_json())
     document["calibration"] = change(document["calibration"])
     with pytest.raises(FormatError, match=message):
-        assemble(layer.weights(), json.dumps(document), None)
+        check_parts(layer.weights(), FilterMetadata.from_json(json.dumps(document)), None)
