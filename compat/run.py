@@ -8,6 +8,7 @@ docs/compatibility.md. With --remove no environment outlives its check.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
@@ -477,7 +478,7 @@ def page(outcomes: list[Outcome], served: list[tuple[str, str, str | None]], kep
     before = re.search(r"All with torch (\S+) on", kept)
     torch = next(
         (o.versions["torch"] for o in outcomes if "torch" in o.versions),
-        "unknown" if before is None else before[1],
+        importlib.metadata.version("torch") if before is None else before[1],
     )
     return f"""# Where a saved model loads
 
@@ -495,7 +496,8 @@ All with torch {torch} on a CPU.
 ## Graphs
 
 ONNX Runtime and all below it ran what `export_onnx` writes ([onnx.md](onnx.md)), also a static
-model, each text alone and all together, and a graph with weights in 8 bits.
+model, each text alone and all together, and a graph with weights in 8 bits. That one may differ by
+twice what the export measured on its own texts, of an embedding's length.
 `SentenceTransformer(folder, backend="onnx")` does not read it: it wants the hidden states of a
 backbone, where this graph gives the embedding.
 
