@@ -59,7 +59,7 @@ def check_finite(model: nn.Module, name: str) -> None:
     Raises:
         BackboneError: Names the weights that hold NaN or infinity.
     """
-    bad = [key for key, value in model.named_parameters() if not _is_finite(value)]
+    bad = [key for key, value in model.named_parameters() if not is_finite(value)]
     if bad:
         raise BackboneError(
             f"every weight of a model must be a finite number, got NaN or infinity in {_some(bad)} "
@@ -67,7 +67,8 @@ def check_finite(model: nn.Module, name: str) -> None:
         )
 
 
-def _is_finite(value: torch.Tensor) -> bool:
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether a tensor, real and of any shape, holds neither NaN nor infinity; one pass over it."""
     if value.device.type == "meta" or value.numel() == 0 or value.dtype.itemsize < 2:
         return True
     low, high = torch.aminmax(value.detach())  # each is NaN if any value is

@@ -9,15 +9,18 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel
 
 from st_embfilter.errors import EmbedFilterError, ShapeError
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.metadata import FilterMetadata
+from st_embfilter.model.whole import is_finite
 from st_embfilter.spectrum.gram import NEARLY, Precision, signs
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.spectrum.whitening import MAX_CONDITION
-from st_embfilter.text import shown
+from st_embfilter.text import first_line, shown
 from st_embfilter.unembedding.matrix import Unembedding
+from st_embfilter.unembedding.source import Source
 
 #: float32 rounds every entry of a row by half of this, relative.
 FLOAT32: Final = 2.0**-23
@@ -64,9 +67,7 @@ def measured_spectrum(
     made_from = metadata.provenance
     try:
         spectrum, found = unembedding.fit(metadata.band, precision=precision)
-        narrow = getattr(torch, made_from.dtype)
-        if found.dtype != made_from.dtype and unembedding.stored.dtype != narrow:
-            found = unembedding.provenance(narrow)
+        found = unembedding.made_as(made_from, found)
     except EmbedFilterError as error:
         return None, Check("unembedding", False, str(error))
     if found.shape != made_from.shape:
@@ -307,11 +308,20 @@ def odd_numbers(config: Any, where: str = "") -> Iterator[str]:
         yield f"{where} is NaN"
 
 
-def not_finite(model: nn.Module) -> str | None:
-    """The first tensor of a model that holds NaN or Inf; None if there is none."""
+def check_backbone(source: Source) -> tuple[bool, str]:
+    """The backbone is read by transformers, every tensor is there, and each value is a number."""
+    try:
+        model, report = AutoModel.from_pretrained(
+            source.name, output_loading_info=True, dtype="auto", **source.for_transformers()
+        )
+    except Exception as error:  # files of strangers fail in many ways, all mean the same
+        return False, f"transformers cannot load it: {first_line(error)}"
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = sorted(map(str, report[kind]))
+        if names:
+            what = kind.replace("_keys", "")
+            return False, f"{len(names)} tensors {what}, e.g. {shown(names[0])}: random numbers"
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if value.is_floating_point() and not all(
-            bool(torch.isfinite(part).all()) for part in value.detach().flatten().split(2**24)
-        ):
-            return name
-    return None
+        if value.is_floating_point() and not is_finite(value):
+            return False, f"{name} holds NaN or Inf"
+    return True, "every tensor is there and finite"

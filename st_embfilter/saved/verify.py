@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import AutoModel
 
 from st_embfilter.errors import EmbedFilterError, FormatError, HubError
 from st_embfilter.files.folder import ModelFiles, links_out
@@ -338,24 +337,7 @@ class _Job:
         """Loads the backbone as sentence-transformers does, for what that would hide."""
         if unembedding.stored.remote and not self.rebuild:
             return None, "the weights were not downloaded; with --rebuild they are"
-        try:
-            model, report = AutoModel.from_pretrained(
-                self.source.name,
-                output_loading_info=True,
-                dtype="auto",
-                **self.source.for_transformers(),
-            )
-        except Exception as error:  # files of strangers fail in many ways, all mean the same
-            return False, f"transformers cannot load it: {first_line(error)}"
-        for kind in ("missing_keys", "mismatched_keys"):
-            names = sorted(map(str, report[kind]))
-            if names:
-                what = kind.replace("_keys", "")
-                return False, f"{len(names)} tensors {what}, e.g. {shown(names[0])}: random numbers"
-        bad = checks.not_finite(model)
-        if bad is not None:
-            return False, f"{bad} holds NaN or Inf"
-        return True, "every tensor is there and finite"
+        return checks.check_backbone(self.source)
 
     def _calibration(
         self, layer: EmbedFilterLayer, turned: EmbedFilterLayer, gain: Tensor | None, alone: bool
