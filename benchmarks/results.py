@@ -40,6 +40,10 @@ KEEPS = (3 / 4, 1 / 2, 1 / 4, 1 / 8)
 NAMES = ("bulk", "secondary", "dominant", "edges", "random", "truncate", "pca", "whiten")
 TITLES = {"plain": "mean pooling", "prompteol": "PromptEOL", "echo": "ECHO"}
 
+#: Measured with the weights and the arithmetic in bfloat16, which the processor is faster at; a
+#: folder saved in bfloat16 is given as NAME=FOLDER for that.
+BFLOAT16 = (("qwen", "prompteol"), ("gemma", "echo"), ("qwen", "echo"))
+
 #: The paper's Qwen2.5-0.5B, arXiv 2606.07502: raw, tau = 2, by recipe and kind of task.
 PAPER = {
     ("prompteol", "STS"): (63.04, 69.48),
@@ -235,6 +239,12 @@ def cell(row: Result) -> str:
 
 def page(rows: Sequence[Result]) -> str:
     data = list(dict.fromkeys(row.task for row in rows))
+    measured = groups(rows)
+    halves = " and ".join(
+        f"{title(model)} with {TITLES[recipe]}"
+        for model, recipe in BFLOAT16
+        if (model, recipe) in measured
+    )
     lines = [
         "# Results on real language models",
         "",
@@ -247,7 +257,8 @@ def page(rows: Sequence[Result]) -> str:
         "difference of a mean has the interval that follows from those of its tasks, 95 % paired",
         f"bootstrap intervals ({rows[0].resamples:,} samples) in the tables below.",
         "",
-        "The models are dequantised GGUF files in float32 arithmetic, see `examples/models.py`.",
+        "The models are dequantised GGUF files, see `examples/models.py`, in float32 arithmetic"
+        + (f" ({halves} in bfloat16)." if halves else "."),
         "Banking77 is cut to 20 test and 16 training texts a class, StackOverflow to 150 titles a",
         "class; `Paraphrases` are the project's demo texts, which avoid each other's words.",
         "[depth.md](depth.md) tells what earlier layers give.",
