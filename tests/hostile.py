@@ -690,7 +690,7 @@ CHECKPOINTS = [
     embedded(
         "an epsilon that is NaN",
         document("config.json", put("rms_norm_eps", value=float("nan"))),
-        "NaN or infinity for a single token",
+        "NaN or infinity for a short text",
     ),
     embedded(
         "an epsilon of -1", document("config.json", put("rms_norm_eps", value=-1.0)), "NaN or inf"

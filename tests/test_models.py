@@ -51,7 +51,7 @@ class Facts:
 
 FACTS = {
     "smollm2": Facts([], "<|endoftext|>", True, " Paris"),
-    "gemma": Facts(["<bos>"], "<bos>", True, " Paris"),
+    "gemma": Facts(["<bos>"], "<bos>", True, " the capital of the country of France"),
     "qwen": Facts([], "<|endoftext|>", False, " Paris"),
 }
 
@@ -97,7 +97,7 @@ def test_saved_and_verified(name: str, tmp_path: Path) -> None:
     assert (saved.tied, tied) == (FACTS[name].tied, FACTS[name].tied)
     assert saved.shape == stored.shape
     embeddings = model.encode(["The glacier retreats.", "Tea is hot."])
-    assert np.isfinite(embeddings).all()  # in float16
+    assert np.isfinite(embeddings).all()  # in float16, Gemma in bfloat16: it overflows the other
 
 
 def test_greedy_continuation_is_that_of_the_file(name: str) -> None:

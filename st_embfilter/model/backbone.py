@@ -136,7 +136,7 @@ def _merge(backbone: Transformer, adapter: Source) -> None:
 
 
 def measured(backbone: Transformer) -> Tensor:
-    """The last hidden state (d,) of one token.
+    """The last hidden state (d,) of a short text, with the tokens that the tokenizer adds.
 
     Its width is not the config's hidden size where a projection follows the layers (OPT-350m).
 
@@ -144,13 +144,15 @@ def measured(backbone: Transformer) -> Tensor:
         BackboneError: If it holds NaN or infinity, whatever the weights.
     """
     model = backbone.auto_model
+    ids = backbone.tokenizer("A text.")["input_ids"] or [0]
     with torch.no_grad():
-        hidden: Tensor = model(input_ids=torch.tensor([[0]], device=model.device)).last_hidden_state
+        hidden: Tensor = model(input_ids=torch.tensor([ids], device=model.device)).last_hidden_state
     if not bool(torch.isfinite(hidden).all()):
+        dtype = str(hidden.dtype).removeprefix("torch.")
         raise BackboneError(
-            "a backbone must give finite hidden states, got NaN or infinity for a single token "
-            f"from {type(model).__name__}; its checkpoint or its configuration is damaged, or its "
-            "dtype is too narrow"
+            "a backbone must give finite hidden states, got NaN or infinity for a short text from "
+            f"{type(model).__name__} in {dtype}; its checkpoint or its configuration is damaged, "
+            "or its dtype is too narrow: try dtype='bfloat16'"
         )
     return hidden[0, -1]
 

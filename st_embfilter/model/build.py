@@ -94,7 +94,8 @@ def from_causal_lm(
         max_seq_length: Longest text in tokens, its prompt included; None for the model's own limit.
         device: Device on which the model runs, and on "cuda" the spectrum is computed; None for
             the best at hand.
-        dtype: Dtype of the backbone, as in transformers; of a GGUF file, float16 by default. The
+        dtype: Dtype of the backbone, as in transformers; of a GGUF file, float16 by default (Gemma:
+            bfloat16). The
             filter is float32 in any case; with layers=0 it is the dtype of the table, float16 if
             None.
         revision: Branch, tag or commit on the Hub.

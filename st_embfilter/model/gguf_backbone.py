@@ -89,7 +89,8 @@ def gguf_folder(
 
     Args:
         path: The GGUF file.
-        dtype: float16, bfloat16 or float32, or its name; None and "auto" for float16.
+        dtype: float16, bfloat16 or float32, or its name; None and "auto" for float16, or bfloat16
+            where the hidden states leave float16's range (Gemma).
         show_progress_bar: Show a bar while the weights are dequantised.
 
     Raises:
@@ -97,7 +98,8 @@ def gguf_folder(
         BackboneError: If transformers cannot make this architecture from GGUF, the tokenizer or a
             weight is missing, or a weight does not fit the dtype.
     """
-    chosen = _dtype(dtype)
+    file = GGUFFile.open(path) if dtype is None or dtype == "auto" else None
+    chosen = _dtype(dtype) if file is None else _default_dtype(file)
     state = path.stat()
     key = (path.resolve(), state.st_size, state.st_mtime_ns, chosen)
     found = _folders.get(key)
@@ -106,16 +108,17 @@ def gguf_folder(
         atexit.register(_remove, parent, os.getpid())
         folder = parent / path.name
         folder.mkdir()
-        write_gguf_folder(path, folder, chosen, show_progress_bar=show_progress_bar)
+        file = file or GGUFFile.open(path)
+        write_gguf_folder(file, folder, chosen, show_progress_bar=show_progress_bar)
         found = _folders[key] = Source(os.fspath(folder), gguf_sha256=_sha256(path))
     return found
 
 
 def write_gguf_folder(
-    path: Path, folder: Path, dtype: torch.dtype, *, show_progress_bar: bool = True
+    file: GGUFFile, folder: Path, dtype: torch.dtype, *, show_progress_bar: bool = True
 ) -> None:
-    """Writes a GGUF file into an empty folder, see `gguf_folder`."""
-    file = GGUFFile.open(path)
+    """Writes a GGUF file into an empty folder, see `gguf_folder`; takes its tokenizer apart."""
+    path = file.path
     tokenizer = gguf_tokenizer(file)  # first, as it takes memory that it gives back
     write_tokenizer(tokenizer, folder)
     del tokenizer
@@ -347,9 +350,13 @@ def _clean(config: PretrainedConfig) -> dict[str, Any]:
     return document
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    if dtype is None or dtype == "auto":
-        return torch.float16
+def _default_dtype(file: GGUFFile) -> torch.dtype:
+    # Gemma was trained in bfloat16, and its residual stream grows past 65,504.
+    gemma = str(file.metadata.get("general.architecture", "")).startswith("gemma")
+    return torch.bfloat16 if gemma else torch.float16
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if chosen not in _DTYPES:
         raise BackboneError(

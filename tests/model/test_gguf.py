@@ -218,6 +218,16 @@ def test_models_that_are_refused(tmp_path: Path, options: dict[str, Any], words:
         build(path)
 
 
+@pytest.mark.parametrize(("architecture", "dtype"), [("llama", "float16"), ("gemma3", "bfloat16")])
+def test_default_dtype_holds_the_hidden_states(
+    tmp_path: Path, architecture: str, dtype: str
+) -> None:
+    """Those of Gemma leave the range of float16."""
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model(architecture, tied=True), architecture)
+    folder = Path(gguf_folder(path, show_progress_bar=False).name)
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"] == dtype
+
+
 def test_unknown_architecture(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model())
     renamed = tmp_path / "renamed.gguf"
