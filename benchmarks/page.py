@@ -76,7 +76,7 @@ SECTIONS = {
         "whole process. The scores of the table are its folder's, float16; the others are those of "
         "`docs/depth.md`.",
         "-m benchmarks.encode --depths SMOLLM2 --name SmolLM2-135M-Instruct --data DATA "
-        "--layers 6 --layers 24 --repeat 3",
+        "--layers 6 --texts 64 --repeat 1",
         cached=False,
     ),
     "depth-sweep": Section(
@@ -84,7 +84,7 @@ SECTIONS = {
         "SmolLM2-135M-Instruct: every text encoded once by the whole model, the same with the "
         "vectors of all 31 depths and two poolings written to disk, and the sweep of the raw model "
         "and the filter at each of them, intervals included.",
-        "benchmarks/sweep.py --depths --model SMOLLM2 --texts 128 --repeat 3",
+        "benchmarks/sweep.py --depths --model SMOLLM2 --texts 32 --repeat 1",
         cached=False,
     ),
     "load": Section(

@@ -4,12 +4,12 @@ Every table is one build of `from_causal_lm(layers=0)`; its prefixes are the wid
 `benchmarks/depth.py`, which writes what is measured here into docs/depth.md.
 
     python -m benchmarks.static DATA --model NAME=FOLDER [--model ...]
-        [--model2vec PYTHON] [--whole] [--states FOLDER]
+        [--model2vec PYTHON] [--no-blocks] [--states FOLDER]
 
-PYTHON is that of an environment with model2vec; without it model2vec is left out. It distils what
-our tables are made of, the token embeddings, and with --whole also what it is made for, the output
-of the whole language model for each token. Models that are in docs/static.jsonl are measured anew
-and replace their rows.
+PYTHON is that of an environment with model2vec; without it model2vec is left out. It distils the
+output of the whole language model for each token, which takes hours for a large model, or with
+--no-blocks what our tables are made of, the token embeddings. Models that are in docs/static.jsonl
+are measured anew and replace their rows.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ DIMS = 256
 
 @dataclass(frozen=True)
 class Row:
-    """A score x 100, with the 95 % interval of its difference to model2vec's of the same
-    embeddings at the same width.
-    """
+    """A score x 100, with the 95 % interval of its difference to model2vec at the same width."""
 
     model: str
     name: str
@@ -120,15 +118,15 @@ def measure(
     d = json.loads((Path(folder) / "config.json").read_text())["hidden_size"]
     widths = [d // 2, DIMS]
     against: dict[tuple[str, int], tuple[Outcome, np.ndarray | None]] = {}
-    for deep in [False, True][: whole + 1] if python is not None else []:
-        label = "model2vec, whole model" if deep else "model2vec"
-        there = states / name / ("whole" if deep else "none")
-        for k, vectors in distilled(python, folder, texts, widths, there, whole=deep).items():
-            for task in tasks:
-                outcome = task.run(Ready(place, vectors))
-                if not deep:
-                    against[task.info.name, k] = outcome, replicates(outcome, 1000, 0)
-                yield Row(name, label, k, task.info.name, 100 * outcome.score)
+    label = "model2vec" if whole else "model2vec, no blocks"
+    theirs: dict[int, Vectors] = {}
+    if python is not None:
+        theirs = distilled(python, folder, texts, widths, states / name, whole=whole)
+    for k, vectors in theirs.items():
+        for task in tasks:
+            outcome = task.run(Ready(place, vectors))
+            against[task.info.name, k] = outcome, replicates(outcome, 1000, 0)
+            yield Row(name, label, k, task.info.name, 100 * outcome.score)
     for variant, vectors in tables(folder, fit, texts):
         kept = [k for k in (d, 3 * d // 4, d // 2, DIMS, d // 4) if k <= vectors.shape[1]]
         for k in dict.fromkeys(kept):
@@ -156,7 +154,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", action="append", required=True, help="NAME=FOLDER")
     parser.add_argument("--model2vec", help="Python of an environment with model2vec.")
-    parser.add_argument("--whole", action="store_true", help="Hours for a large model.")
+    parser.add_argument("--no-blocks", action="store_true", help="model2vec of the embeddings.")
     parser.add_argument("--states", type=Path, help="Folder for what model2vec reads once.")
     options = parser.parse_args()
     tasks = read_tasks(options.data)
@@ -168,7 +166,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             states = options.states or Path(scratch)
             measured = measure(
-                name, folder, tasks, fit, options.model2vec, states, whole=options.whole
+                name, folder, tasks, fit, options.model2vec, states, whole=not options.no_blocks
             )
             found = list(measured)
         rows = [row for row in rows if row.model != name] + found

@@ -89,14 +89,18 @@ class Ready:
         return self.vectors[[self.place[text] for text in texts]]
 
 
-def timed(works: Sequence[Callable[[], object]], repeat: int) -> list[float]:
+def timed(
+    works: Sequence[Callable[[], object]],
+    repeat: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     """Median seconds of each, done in turn: a busy minute of the machine hits all alike."""
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(repeat):
         for work, taken in zip(works, seconds, strict=True):
-            start = time.perf_counter()
+            start = clock()
             work()
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
     return [statistics.median(taken) for taken in seconds]
 
 
@@ -120,7 +124,8 @@ def depths(raw: RawModel, count: int, repeat: int) -> None:
         return list(sweep(raw, [task], chosen, layers="all", show_progress_bar=False))
 
     encode()
-    encoding, collecting, sweeping = timed((encode, collect, whole), repeat)
+    encoding, collecting, sweeping = timed((encode, collect, whole), repeat, time.process_time)
+    print("seconds of the processor")
     print(f"texts                    {len(asked):8,}")
     print(f"encoding once            {encoding:8.2f} s")
     print(f"vectors at {total + 1:2} depths     {collecting:8.2f} s   {collecting / encoding:.2f}x")
