@@ -512,7 +512,7 @@ the dtype of the backbone, where `st_embfilter.load` computes it in float32. For
 
 ## Checked by rule, not run
 
-This server is in no package registry. Its published parser was turned into rules
+This server comes as a container or from source, and was not built here. Its parser was turned into rules
 (`compat/rules.py`), and the folders keep them: the pooling is the model's, the projection is
 applied and linear, texts are cut where they should be. Whether it runs the backbone itself
 (its architecture, its device, the names of its tensors) is not part of this check.
