@@ -41,8 +41,13 @@ NAMES = ("bulk", "secondary", "dominant", "edges", "random", "truncate", "pca", 
 TITLES = {"plain": "mean pooling", "prompteol": "PromptEOL", "echo": "ECHO"}
 
 #: Measured with the weights and the arithmetic in bfloat16, which the processor is faster at; a
-#: folder saved in bfloat16 is given as NAME=FOLDER for that.
-BFLOAT16 = (("qwen", "prompteol"), ("gemma", "echo"), ("qwen", "echo"))
+#: folder saved in bfloat16 is given as NAME=FOLDER for that. Model, recipe, task or None for all.
+BFLOAT16 = (
+    ("qwen", "prompteol", None),
+    ("gemma", "echo", None),
+    ("qwen", "echo", None),
+    ("smollm2", "plain", "SciFact"),
+)
 
 #: The paper's Qwen2.5-0.5B, arXiv 2606.07502: raw, tau = 2, by recipe and kind of task.
 PAPER = {
@@ -164,6 +169,25 @@ def summary(rows: Sequence[Result]) -> Iterator[str]:
         )
 
 
+def side_by_side(rows: Sequence[Result]) -> Iterator[str]:
+    """Raw and keep 3/4 on the tasks that every model and recipe has."""
+    measured = groups(rows)
+    shared = set.intersection(*({row.task for row in here} for here in measured.values()))
+    recipes = list(dict.fromkeys(recipe for _, recipe in measured))
+    models = list(dict.fromkeys(model for model, _ in measured))
+    yield f"Raw, and keep 3/4 to it, on the tasks that all have: {', '.join(sorted(shared))}."
+    yield ""
+    yield "| | " + " | ".join(TITLES[recipe] for recipe in recipes) + " |"
+    yield "|-|" + "-:|" * len(recipes)
+    for model in models:
+        cells = []
+        for recipe in recipes:
+            here = [row for row in measured.get((model, recipe), []) if row.task in shared]
+            mean = Mean.of(of(here, "bulk", 3 / 4), of(here, "raw")) if here else None
+            cells.append("" if mean is None else f"{mean.raw:.1f} **{mean.delta:+.1f}**")
+        yield f"| {title(model)} | {' | '.join(cells)} |"
+
+
 def share_name(share: float) -> str:
     numerator, denominator = share.as_integer_ratio()
     return f"{numerator}/{denominator}"
@@ -240,10 +264,10 @@ def cell(row: Result) -> str:
 def page(rows: Sequence[Result]) -> str:
     data = list(dict.fromkeys(row.task for row in rows))
     measured = groups(rows)
-    halves = " and ".join(
-        f"{title(model)} with {TITLES[recipe]}"
-        for model, recipe in BFLOAT16
-        if (model, recipe) in measured
+    halves = ", ".join(
+        f"{title(model)} with {TITLES[recipe]}{f' on {task}' if task else ''}"
+        for model, recipe, task in BFLOAT16
+        if any(task in (None, row.task) for row in measured.get((model, recipe), []))
     )
     lines = [
         "# Results on real language models",
@@ -252,13 +276,15 @@ def page(rows: Sequence[Result]) -> str:
         "",
         *summary(rows),
         "",
+        *side_by_side(rows),
+        "",
         "Scores x 100, means over the tasks that were measured: " + ", ".join(data) + ". `best",
         "keep` is the best of four, so luck flatters it a little; the last column is fixed. The",
         "difference of a mean has the interval that follows from those of its tasks, 95 % paired",
         f"bootstrap intervals ({rows[0].resamples:,} samples) in the tables below.",
         "",
-        "The models are dequantised GGUF files, see `examples/models.py`, in float32 arithmetic"
-        + (f" ({halves} in bfloat16)." if halves else "."),
+        "The models are dequantised GGUF files, see `examples/models.py`, in float32 arithmetic;",
+        f"in bfloat16: {halves or 'none'}.",
         "Banking77 is cut to 20 test and 16 training texts a class, StackOverflow to 150 titles a",
         "class; `Paraphrases` are the project's demo texts, which avoid each other's words.",
         "[depth.md](depth.md) tells what earlier layers give.",
