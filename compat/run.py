@@ -446,8 +446,14 @@ def page(outcomes: list[Outcome], served: list[tuple[str, str, str | None]], kep
         kept: The page as it is, with the rows of the stacks that were not.
     """
     ran = {outcome.stack for outcome in outcomes}
-    old = [row_start(stack) for stack in STACKS if stack not in ran]
-    rows = [line for line in kept.splitlines() if line.startswith(tuple(old))]
+    places = {stack: i for i, stack in enumerate(STACKS)}  # their order, whichever were run
+    placed = [
+        (places[stack], line)
+        for stack in STACKS
+        if stack not in ran
+        for line in kept.splitlines()
+        if line.startswith(row_start(stack))
+    ]
     for outcome in outcomes:
         stack, versions = outcome.stack, outcome.versions
         wanted = dict(text.split("==") for text in stack.requirements if "==" in text)
@@ -466,9 +472,9 @@ def page(outcomes: list[Outcome], served: list[tuple[str, str, str | None]], kep
             and (name in versions or name in wanted)
             and not (name == "tokenizers" and "transformers" in versions)
         )
-        rows.append(f"| {stack.name} {own} | {with_} | {stack.note} | {gap} | {result} |")
-    starts = [row_start(stack) for stack in STACKS]  # their order, whichever were run
-    rows.sort(key=lambda row: starts.index(max(filter(row.startswith, starts), key=len)))
+        row = f"| {stack.name} {own} | {with_} | {stack.note} | {gap} | {result} |"
+        placed.append((places.get(stack, len(places)), row))
+    rows = [row for _, row in sorted(placed, key=lambda one: one[0])]
     checked = [
         f"| {name} {version} | "
         + ("keeps the rules" if problem is None else f"**no**: {problem}")
