@@ -518,8 +518,8 @@ the dtype of the backbone, where `st_embfilter.load` computes it in float32. For
 
 ## Checked by rule, not run
 
-This server comes as a container or from source, and was not built here. Its parser was turned into rules
-(`compat/rules.py`), and the folders keep them: the pooling is the model's, the projection is
+This server comes as a container or from source, and was not built here. Its parser was turned into
+rules (`compat/rules.py`), and the folders keep them: the pooling is the model's, the projection is
 applied and linear, texts are cut where they should be. Whether it runs the backbone itself
 (its architecture, its device, the names of its tensors) is not part of this check.
 
