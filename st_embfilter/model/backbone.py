@@ -144,7 +144,8 @@ def measured(backbone: Transformer) -> Tensor:
         BackboneError: If it holds NaN or infinity, whatever the weights.
     """
     model = backbone.auto_model
-    ids = backbone.tokenizer("A text.")["input_ids"] or [0]
+    tokenizer: Any = backbone.tokenizer
+    ids = tokenizer("A text.")["input_ids"] or [0]
     with torch.no_grad():
         hidden: Tensor = model(input_ids=torch.tensor([ids], device=model.device)).last_hidden_state
     if not bool(torch.isfinite(hidden).all()):

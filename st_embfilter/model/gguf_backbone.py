@@ -98,8 +98,11 @@ def gguf_folder(
         BackboneError: If transformers cannot make this architecture from GGUF, the tokenizer or a
             weight is missing, or a weight does not fit the dtype.
     """
-    file = GGUFFile.open(path) if dtype is None or dtype == "auto" else None
-    chosen = _dtype(dtype) if file is None else _default_dtype(file)
+    file = None
+    if dtype is None or dtype == "auto":
+        file = GGUFFile.open(path)
+        dtype = _default_dtype(file)
+    chosen = _dtype(dtype)
     state = path.stat()
     key = (path.resolve(), state.st_size, state.st_mtime_ns, chosen)
     found = _folders.get(key)
