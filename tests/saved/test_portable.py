@@ -290,13 +290,12 @@ def test_differences_are_seen_and_unit_length_is_allowed() -> None:
 
 def test_a_stack_that_fails_is_reported_with_its_reason(tmp_path: Path, saved_demo: Path) -> None:
     stack = run.Stack("sentence-transformers", "sentence-transformers", "none", ())
-    ours = {"plain": np.zeros((1, 128))}
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.write_text("#!/bin/sh\necho first >&2\necho 'ImportError: no such thing' >&2\nexit 1\n")
     python.chmod(0o755)
     (tmp_path / "requirements.txt").write_text("")
-    outcome = run.run(stack, tmp_path, {"plain": saved_demo}, ours)
+    outcome = run.run(stack, tmp_path, [run.Case("plain", saved_demo, np.zeros((1, 128)))])
     assert outcome.problem == "ImportError: no such thing"
     page = run.page([outcome], [("server", "1.0", None), ("other", "2.0", "a rule")])
     assert "**no**: ImportError: no such thing" in page
@@ -328,7 +327,7 @@ def test_a_run_of_some_stacks_keeps_the_rows_of_the_others() -> None:
         [
             line
             for line in text.splitlines()
-            if line.startswith(tuple(map(run.row_start, run.STACKS)))
+            if line.startswith(tuple(f"| {stack.name} " for stack in run.STACKS))
         ]
         for text in (page, again)
     )
