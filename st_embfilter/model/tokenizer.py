@@ -172,7 +172,11 @@ def single_pieces(processor: Any) -> Any:
         **processor,
         "single": single(processor["single"]),
         "pair": single(processor["pair"]),
-        "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for i, t in pairs},
+        # Sorted, as the tokenizers library writes them: saved again, the file is the same.
+        "special_tokens": {
+            t: {"id": t, "ids": [i], "tokens": [t]}
+            for t, i in sorted({t: i for i, t in pairs}.items())
+        },
     }
 
 
