@@ -75,7 +75,8 @@ def older_layout(files: ModelFiles, *, prompted: bool) -> Iterator[str]:
     path = files.path(TOKENIZER_FILE) if prompted else None
     if path is not None:
         with reading(TOKENIZER_FILE, FormatError):
-            processor = json.loads(path.read_bytes())["post_processor"]
+            document = read_json(path.read_text("utf-8"), TOKENIZER_FILE, FormatError)
+            processor = document["post_processor"]
             single = processor == single_pieces(processor)
         if not single:
             yield f"transformers.js needs a template of single tokens in {TOKENIZER_FILE}"

@@ -118,8 +118,8 @@ def test_scores_are_those_of_saved_models(saved_demo: Path, tmp_path: Path) -> N
         def __init__(self, folder: Path, dims: int | None = None) -> None:
             self.model = SentenceTransformer(str(folder), truncate_dim=dims, device="cpu")
 
-    def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
-        return self.model.encode(list(texts), show_progress_bar=False)
+        def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+            return self.model.encode(list(texts), show_progress_bar=False)
 
     plain = [Plain(saved_demo), Plain(saved_demo, 64), Plain(tmp_path / "edges")]
     for row, encoder in zip(rows[1:], plain, strict=True):

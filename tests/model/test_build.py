@@ -171,8 +171,7 @@ def test_normalize_stays_last(make_lm: MakeLM) -> None:
 def test_add_filter_goes_between_pooling_and_normalize(make_lm: MakeLM) -> None:
     folder, _ = make_lm()
     model = plain(folder, after=[Normalize()], prompts={"query": "the "})
-    same = st_embfilter.add_filter(model, keep=0.25)
-    assert same is model
+    assert st_embfilter.add_filter(model, keep=0.25) is model
     assert [type(m) for m in model.children()] == [
         Transformer,
         Pooling,

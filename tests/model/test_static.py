@@ -66,7 +66,7 @@ def test_the_folder_is_the_arithmetic_by_hand(
     assert metadata is not None
     assert metadata.depth is not None
     assert (metadata.depth.layers, metadata.depth.of) == (0, 2)
-    assert all(check.passed for check in verify(saved))
+    assert all(check.passed for check in verify(saved, base=folder))
     validate_folder(saved)
 
 

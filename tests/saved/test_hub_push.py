@@ -443,9 +443,11 @@ def test_the_whole_way(hub: LocalHub, tmp_path: Path) -> None:
     )
     assert same(np.array(json.loads(ours)), np.array(json.loads(theirs)))
     assert np.array(json.loads(theirs)).shape == (len(TEXTS), 128)
-    copied = ("config.json", "model.safetensors", "tokenizer.json")
-    for name in copied:
-        assert hub.repos["me/model"].files[name] == (DEMO_LM / name).read_bytes()
+    files = hub.repos["me/model"].files
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert files[name] == (DEMO_LM / name).read_bytes()
+    base = json.loads((DEMO_LM / "config.json").read_text(encoding="utf-8"))
+    assert json.loads(files["config.json"]) == {**base, "is_matryoshka": True}
     assert {request.token for request in hub.requests if not request.at_hub} == {None}
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 20
