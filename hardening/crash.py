@@ -148,7 +148,7 @@ def crashes(count: int) -> Counter[str]:
                     good = not set(files) - {".gitattributes"} or digest(files) in whole
                     found["commits"] = len(hub.repos["me/crash"].commits) if files else 0
                 else:
-                    good = digest(contents(target)) in whole if target.exists() else turn < 4
+                    good = digest(contents(target)) in whole if target.exists() else not before
                     found["another model after the kill"] += digest(contents(target)) != before
                 found["lost"] += not good
             forker.kill()
