@@ -140,6 +140,19 @@ def sts_scores(task: STSTask, pairs: list[str], *vectors: np.ndarray) -> dict[st
     }
 
 
+def of_torch(reference: str, pooling: str) -> Any:
+    """The torch model whose full width a baked file has."""
+    return st_embfilter.from_causal_lm(
+        reference,
+        norm="folded",
+        pooling=pooling,
+        keep=1.0,
+        device="cpu",
+        dtype="float32",
+        show_progress_bar=False,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
@@ -157,15 +170,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "model.gguf"
         for pooling in ("mean", "lasttoken"):
-            ours = st_embfilter.from_causal_lm(
-                given.reference,
-                norm="folded",
-                pooling=pooling,
-                keep=1.0,
-                device="cpu",
-                dtype="float32",
-                show_progress_bar=False,
-            )
+            ours = of_torch(given.reference, pooling)
             mean = pooling == "mean"
             asked = texts + (pairs if mean else [])
             expected = ours.encode(asked)

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import st_embfilter
-from compat.llama_cpp import Vectors, cosines, fifty_texts
+from compat.llama_cpp import Vectors, cosines, fifty_texts, of_torch
 from st_embfilter.evaluation.tasks import STSTask
 from st_embfilter.model.baked import rotation_of
 from st_embfilter.saved.gguf_out import export_gguf
@@ -92,19 +91,6 @@ def families() -> Iterator[tuple[str, str, str, float]]:
                     export_gguf(source, target, kind=kind, pooling=pooling, overwrite=True)
                     found = Server(target, context=64, precise=True).embed(ids)
                     yield family, pooling, kind, worst(found, expected)
-
-
-def of_torch(reference: str, pooling: str) -> Any:
-    """The torch model whose full width a baked file has."""
-    return st_embfilter.from_causal_lm(
-        reference,
-        norm="folded",
-        pooling=pooling,
-        keep=1.0,
-        device="cpu",
-        dtype="float32",
-        show_progress_bar=False,
-    )
 
 
 def cache(model: Path, reference: str) -> Iterator[tuple[str, str, float]]:
