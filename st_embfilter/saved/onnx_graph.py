@@ -303,8 +303,8 @@ def _stream(proto: Any, weights: Mapping[str, Any], file: BinaryIO) -> None:
     heads: dict[str, bytes] = {}
     for name, value in weights.items():
         tensor = value.const_value
-        head = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=list(tensor.shape))
-        content = head.SerializeToString() + _tag(9, tensor.nbytes)
+        start = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=list(tensor.shape))
+        content = start.SerializeToString() + _tag(9, tensor.nbytes)
         heads[name] = _tag(5, len(content) + tensor.nbytes) + content
     size = len(graph) + sum(len(head) + weights[n].const_value.nbytes for n, head in heads.items())
     file.write(proto.SerializeToString() + _tag(7, size) + graph)
