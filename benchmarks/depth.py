@@ -29,7 +29,7 @@ from st_embfilter.evaluation.bootstrap import Outcome, mean_statistic
 from st_embfilter.evaluation.demo import Paraphrases, demo_texts
 from st_embfilter.evaluation.depth import CHUNK, DepthStore
 from st_embfilter.evaluation.figures import depth_figure
-from st_embfilter.evaluation.metrics import ndcg_at_k, unit_rows
+from st_embfilter.evaluation.metrics import ndcg_at_k
 from st_embfilter.evaluation.sweep import RawModel, raw_model, sweep
 from st_embfilter.evaluation.tasks import (
     ClassificationTask,
@@ -44,6 +44,7 @@ from st_embfilter.lens.figures import new_figure, save_figure
 from st_embfilter.model.backbone import backbone_model
 from st_embfilter.model.depth import block_stack
 from st_embfilter.saved.results import Result, read_results, write_results
+from st_embfilter.spectrum.unit import unit_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
@@ -133,7 +134,7 @@ class ParaphraseTask:
 
     def run(self, encoder: Encoder) -> Outcome:
         data = self.data
-        unit = unit_rows(encoder.encode(data.texts))
+        unit = unit_rows(encoder.encode(data.texts).astype(np.float64))
         itself = np.eye(len(unit), dtype=bool)
         relevant = (data.groups[:, None] == data.groups) & data.is_paraphrase & ~itself
         cosine = np.where(itself, -np.inf, unit @ unit.T)

@@ -179,7 +179,7 @@ def _print_tokens(encoded: Encoded, out: Console) -> None:
 def _print_search(title: str, encoded: Encoded, texts: list[str], out: Console) -> None:
     import numpy as np
 
-    from st_embfilter.evaluation.metrics import unit_rows
+    from st_embfilter.spectrum.unit import unit_rows
 
     model = encoded.model
     raw = type(model)(modules=list(model.children())[:2], device="cpu")

@@ -19,6 +19,7 @@ from st_embfilter.errors import EmbedFilterError, FormatError
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from tqdm import tqdm
 
 #: Deepest nesting of arrays and objects. No file of a model comes near; those who parse it again,
 #: or print it, run out of stack somewhere above.
@@ -67,7 +68,7 @@ def read_json(
         infinity: Whether the words Infinity and -Infinity, which are no JSON, stand for numbers.
 
     Raises:
-        EmbedFilterError: Of the class `error`, if the text is no JSON of that kind; or holds a name
+        EmbedFilterError: A `error`, if the text is no JSON of that kind; or holds a name
             twice in one object, NaN, a number beyond the range of float64, half a surrogate pair,
             or more than `MAX_JSON_DEPTH` levels.
     """
@@ -137,6 +138,37 @@ def _check_json(value: object, escapes: bool) -> None:
         if not inner:
             return
         level = inner
+
+
+def progress_bar(
+    title: str,
+    unit: str,
+    total: int | None = None,
+    *,
+    show: bool,
+    scaled: bool = False,
+    leave: bool = True,
+) -> tqdm[Any]:
+    """A progress bar on standard error, where a person watches.
+
+    Args:
+        title: What goes on.
+        unit: What is counted.
+        total: How many there are, where that is known.
+        show: False for no bar at all.
+        scaled: Print counts with k, M, G.
+        leave: Keep the finished bar on the screen.
+    """
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        total=total,
+        unit=unit,
+        unit_scale=scaled,
+        desc=title,
+        leave=leave,
+        disable=None if show else True,  # None: only on a terminal
+    )
 
 
 def shown(text: object, limit: int = 200) -> str:

@@ -23,7 +23,7 @@ from st_embfilter.corpus.encoder import Encoder, complete, open_model
 from st_embfilter.corpus.folder import Folder
 from st_embfilter.corpus.inputs import MARKS, Input, Position, Rows, index_rows
 from st_embfilter.corpus.shard import Settings, Shard
-from st_embfilter.corpus.work import calibrate, encode_shard, progress_bar
+from st_embfilter.corpus.work import calibrate, encode_shard
 from st_embfilter.errors import (
     EmbedFilterError,
     MissingPackageError,
@@ -31,6 +31,7 @@ from st_embfilter.errors import (
     WorkerError,
 )
 from st_embfilter.model.fingerprint import fingerprint
+from st_embfilter.text import progress_bar
 from st_embfilter.unembedding.source import Source
 
 
@@ -99,7 +100,7 @@ def _run(
             for number, start in enumerate(starts)
             if number not in folder.shards
         ]
-        with progress_bar(show_progress_bar) as bar, folder.working():
+        with progress_bar("Encoding", "text", show=show_progress_bar) as bar, folder.working():
             bar.total = sum(count for count, _ in counted)
             bar.initial = bar.n = sum(s.end.number - s.start.number for s in folder.shards.values())
             if todo:
@@ -142,7 +143,7 @@ def shard_starts(
 
     Args:
         inputs: The files.
-        counted: Of `index_rows`, for each.
+        counted: What `index_rows` found, one for each input.
         shard_rows: Input rows behind a shard.
     """
     starts = []

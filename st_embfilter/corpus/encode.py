@@ -15,8 +15,9 @@ from st_embfilter.corpus.encoder import Encoder, complete, open_model
 from st_embfilter.corpus.folder import Folder
 from st_embfilter.corpus.inputs import Rows, find_inputs, id_type
 from st_embfilter.corpus.shard import Precision, Settings
-from st_embfilter.corpus.work import calibrate, encode_shard, progress_bar
+from st_embfilter.corpus.work import calibrate, encode_shard
 from st_embfilter.errors import CorpusError, MissingPackageError
+from st_embfilter.text import progress_bar
 from st_embfilter.unembedding.source import Source
 
 _PRECISIONS: Final = ("float32", "float16", "int8", "binary")
@@ -74,7 +75,8 @@ def encode_corpus(
         id: Column of the ids, strings or integers. None takes the number of the row, from 0.
         dims: Widths to write, as ratios in (0, 1] of the model's or as numbers; a prefix of each
             vector is written for each. Empty for all of it.
-        precision: As in sentence-transformers. The ranges of int8 come from the first window.
+        precision: Number type of sentence-transformers' `encode`. The ranges of int8 come from
+            the first window.
         normalize: Scale each width to unit length.
         queries: Encode with the model's prompt for queries, not that for documents.
         npy: Write `_npy/shard-*.npy` too.
@@ -84,7 +86,7 @@ def encode_corpus(
         strict: Stop at the first bad row.
         engine: "local", or "ray" for Ray Data; a cluster reads `model`, `inputs` and `output` where
             its workers run, so they must be on storage that these share.
-        address: Of a Ray cluster; None starts one on this machine.
+        address: Address of a Ray cluster; None starts one on this machine.
         workers: Smallest and largest number of Ray workers.
         gpus: Share of a GPU for each of them.
         trust_remote_code: Allow model code of the checkpoint to run.
@@ -168,7 +170,7 @@ def _encode(folder: Folder, encoder: Encoder, strict: bool, show_progress_bar: b
         folder.set_ranges(ranges)
     rows = Rows(settings.inputs, text=settings.text, id=settings.id)
     source = iter(rows)
-    with progress_bar(show_progress_bar) as bar:
+    with progress_bar("Encoding", "text", show=show_progress_bar) as bar:
 
         def progress(count: int) -> None:
             done = max(1, rows.consumed) / max(1, sum(file.size for file in settings.inputs))

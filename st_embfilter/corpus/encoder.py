@@ -22,6 +22,7 @@ from st_embfilter.model.fingerprint import fingerprint
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.saved.load import load
 from st_embfilter.spectrum.band import Band
+from st_embfilter.spectrum.unit import unit_rows
 from st_embfilter.unembedding.source import Source
 
 #: Batches that a process of a pool gets at a time.
@@ -78,7 +79,7 @@ class Encoder:
 
     Args:
         model: The model.
-        settings: Of the run.
+        settings: The run's settings.
         devices: Several start a process for each.
     """
 
@@ -137,8 +138,7 @@ class Encoder:
         result = {width: vectors[:, :width] for width in self.settings.dims}
         if self.settings.normalize:
             for width, prefix in result.items():
-                length = np.linalg.norm(prefix, axis=1, keepdims=True)
-                result[width] = prefix / np.maximum(length, 1e-12)
+                result[width] = unit_rows(prefix)
         return result
 
 
@@ -163,7 +163,7 @@ def quantized(
 
     Args:
         vectors: Width to array (n, width).
-        precision: Of the result.
+        precision: Number type of the result.
         ranges: (2, sum of widths) float32, for int8.
     """
     if precision == "float32":

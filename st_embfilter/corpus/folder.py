@@ -35,11 +35,11 @@ class Folder:
     """The output of one run: what is finished, and how more is added.
 
     Args:
-        path: Of the folder.
-        settings: Of this run.
+        path: The output folder.
+        settings: This run's settings.
 
     Attributes:
-        path: Of the folder.
+        path: The output folder.
         shards: Those that are finished, by number; only while the run is unfinished.
         rows: Vectors in all of a complete folder.
         bad: Rows that gave none, likewise.
@@ -85,8 +85,8 @@ class Folder:
 
         Raises:
             OutputError: For any `OSError`.
-            CorpusError: As it was.
-            WorkerError: As it was.
+            CorpusError: One raised inside, with what has become of the work.
+            WorkerError: One raised inside, with what has become of the work.
         """
         try:
             yield

@@ -79,7 +79,7 @@ class Row(NamedTuple):
         number: Rows before it, over all inputs.
         file: Index of its input.
         place: Rows before it in that input.
-        id: As the input gives it; the number if it gives none.
+        id: The input's own id; the row number if it gives none.
         text: None for a bad row, and for a blank line between records.
         reason: Why it is bad.
     """
@@ -155,7 +155,7 @@ class Rows:
     """The rows of several inputs, one after another, bad ones and blank lines too.
 
     Args:
-        inputs: Of `find_inputs`.
+        inputs: What `find_inputs` found.
         text: Name of the column that holds the texts; dots lead into nested ones.
         id: Name of the column that identifies rows, None for their numbers.
         start: Where to begin.
@@ -278,8 +278,8 @@ def index_rows(file: Input, text: str, id: str | None) -> tuple[int, list[int]]:
 
     Args:
         file: The file.
-        text: As in `Rows`.
-        id: As in `Rows`.
+        text: Name of the column of texts.
+        id: Name of the column of ids.
 
     Returns:
         Their number and, for an uncompressed file of lines, the byte where every `MARKS`-th begins.

@@ -34,13 +34,13 @@ class Settings:
 
     Attributes:
         model: sha256 of the model, of `fingerprint`.
-        width: Of the model's vectors.
+        width: Dimensions of the model's vectors.
         inputs: The files.
         text: Column of the texts.
         id: Column of the ids, None for row numbers.
         id_type: "int64" or "string".
         dims: Widths that are written, each a prefix of the model's vector.
-        precision: As in sentence-transformers; float16 is numpy's.
+        precision: Number type of sentence-transformers' `encode`; float16 is numpy's.
         normalize: Whether each width has unit length.
         queries: Whether texts are encoded as queries, not documents.
         npy: Whether each shard is also written as `.npy`.
@@ -124,8 +124,8 @@ class ShardWriter:
 
     Args:
         path: The folder.
-        settings: Of the run.
-        number: Of the shard.
+        settings: The run's settings.
+        number: The shard's number, from 0.
         start: Before its first input row.
     """
 

@@ -106,9 +106,9 @@ def apply_filter(
         source: `.npy`, (n, d), or `.parquet` with a column of lists of d numbers.
         target: File of the same kind to write; appears complete or not at all. Other columns of
             Parquet are copied.
-        column: Of the vectors, in Parquet.
-        dims: As in `filter_vectors`.
-        normalize: As in `filter_vectors`.
+        column: Name of the column of vectors, in Parquet.
+        dims: Width of the result, see `filter_vectors`.
+        normalize: Whether rows get length 1, see `filter_vectors`.
         overwrite: Replace a file that is there.
 
     Returns:
@@ -117,7 +117,7 @@ def apply_filter(
     Raises:
         CorpusError: If the file cannot be read, or holds no vectors.
         ShapeError: If their width is not the filter's.
-        CalibrationError: As in `filter_vectors`.
+        CalibrationError: If the filter is calibrated and the vectors are normalised.
         OutputError: If the target exists, or cannot be written.
     """
     source, target = Path(source), Path(target)

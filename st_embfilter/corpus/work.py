@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from st_embfilter.corpus.encoder import Encoder, quantized
 from st_embfilter.corpus.inputs import Row, Rows
@@ -63,12 +61,12 @@ def encode_shard(
     """Encodes the rows of one shard and writes its files.
 
     Args:
-        path: Of the folder.
+        path: The output folder.
         encoder: The model.
         rows: At the shard's first row, or before blank lines in front of it.
         source: `iter(rows)`.
-        number: Of the shard.
-        ranges: Of int8.
+        number: The shard's number, from 0.
+        ranges: Lowest and highest value of each dimension, for int8.
         strict: Stop at the first bad row.
         progress: Called with the number of rows after each window.
 
@@ -145,10 +143,3 @@ def calibrate(encoder: Encoder) -> NDArray[np.float32] | None:
             break
         return np.stack([vectors.min(axis=0), vectors.max(axis=0)])
     raise CorpusError("int8 needs at least two texts at the beginning, for the ranges of values")
-
-
-@contextmanager
-def progress_bar(show: bool) -> Iterator[Any]:
-    """A bar of texts with rate and time left."""
-    with tqdm(unit="text", desc="Encoding", disable=None if show else True) as bar:
-        yield bar

@@ -16,9 +16,9 @@ from st_embfilter.evaluation.metrics import (
     Floats,
     ndcg_at_k,
     pair_average_precision,
-    unit_rows,
     v_measure,
 )
+from st_embfilter.spectrum.unit import unit_rows
 from st_embfilter.text import read_json
 
 #: In a checkout.
@@ -84,7 +84,7 @@ class Paraphrases:
         Args:
             embeddings: (n, d), one row for each of `texts`.
         """
-        unit = unit_rows(embeddings)
+        unit = unit_rows(embeddings.astype(np.float64))
         cosine = unit @ unit.T
         same = self.groups[:, None] == self.groups[None, :]
         both = self.is_paraphrase[:, None] & self.is_paraphrase[None, :]

@@ -20,6 +20,7 @@ from st_embfilter.errors import DataError
 from st_embfilter.evaluation.data import beir_files, read_corpus, read_judgements, read_texts
 from st_embfilter.evaluation.metrics import ndcg_of_gains
 from st_embfilter.evaluation.vectors import Vectors
+from st_embfilter.spectrum.unit import unit_rows
 
 PRECISIONS: Final = ("float32", "int8", "binary")
 KINDS: Final = ("flat", "hnsw")
@@ -99,10 +100,10 @@ def storage_table(
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        reference = _Index(faiss, "float32", "flat", _unit(documents)).search(queries)
+        reference = _Index(faiss, "float32", "flat", unit_rows(documents)).search(queries)
         rows = []
         for width in widths:
-            stored, asked = _unit(documents[:, :width]), queries[:, :width]
+            stored, asked = unit_rows(documents[:, :width]), queries[:, :width]
             for precision in precisions:
                 if precision == "binary" and width % 8:
                     continue
@@ -233,12 +234,6 @@ def _ndcg(found: NDArray[np.int64], gains: Sequence[Mapping[int, float]]) -> flo
         for rows, judged in zip(found.tolist(), gains, strict=True)
     ]
     return float(np.mean(values))
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Vectors = np.ascontiguousarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)
-    return unit
 
 
 def _faiss() -> Any:

@@ -13,13 +13,6 @@ Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
 
 
-def unit_rows(x: Floats) -> NDArray[np.float64]:
-    """Rows scaled to length 1 in float64; zero rows stay zero."""
-    rows: NDArray[np.float64] = np.asarray(x, dtype=np.float64)
-    lengths: NDArray[np.float64] = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.maximum(lengths, 1e-300)
-
-
 def ndcg_at_k(similarity: Floats, relevant: Bools, k: int = 10) -> NDArray[np.float64]:
     """Normalised discounted cumulative gain of each query, binary relevance.
 

@@ -6,7 +6,6 @@ cannot be had from them again, to the five digits that MTEB keeps, there is none
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import tempfile
@@ -39,6 +38,7 @@ from st_embfilter.evaluation.bootstrap import (
 from st_embfilter.evaluation.metrics import ndcg_of_gains
 from st_embfilter.evaluation.tasks import TaskInfo
 from st_embfilter.evaluation.vectors import Encoder, Vectors
+from st_embfilter.text import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def _leaves(task: AbsTask) -> list[AbsTask]:
 def _parts(leaves: Sequence[AbsTask], folder: Path) -> Iterator[Part | None]:
     for leaf in leaves:
         file = folder / leaf.prediction_file_name
-        predictions = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        predictions = read_json(file.read_bytes(), file.name, DataError) if file.is_file() else {}
         rule = next(
             (_RULES[kind.__name__] for kind in type(leaf).__mro__ if kind.__name__ in _RULES), None
         )

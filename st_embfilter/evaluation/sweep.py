@@ -14,7 +14,6 @@ from typing import Any, Final, Literal
 import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-from tqdm.auto import tqdm
 
 from st_embfilter.errors import DataError
 from st_embfilter.evaluation.baselines import (
@@ -37,6 +36,7 @@ from st_embfilter.model.layer import EmbedFilterLayer, filter_of
 from st_embfilter.saved.load import load
 from st_embfilter.saved.results import Result
 from st_embfilter.spectrum.spectrum import Spectrum
+from st_embfilter.text import progress_bar
 from st_embfilter.unembedding.source import Source
 
 logger = logging.getLogger(__name__)
@@ -232,11 +232,8 @@ def sweep(
         samples[depth] = store.encode(list(fit_texts or ()))
         store.forget()
     fitted_on = "the task's own texts" if fit_texts is None else f"{len(fit_texts)} given texts"
-    with tqdm(
-        total=len(tasks) * len(stores) * len(chosen),
-        unit="score",
-        desc="Sweep",
-        disable=None if show_progress_bar else True,
+    with progress_bar(
+        "Sweep", "score", len(tasks) * len(stores) * len(chosen), show=show_progress_bar
     ) as bar:
         for task in tasks:
             bar.set_description(task.info.name)

@@ -31,8 +31,9 @@ from st_embfilter.evaluation.data import (
     read_labelled,
     read_pairs,
 )
-from st_embfilter.evaluation.metrics import ndcg_of_gains, unit_rows
+from st_embfilter.evaluation.metrics import ndcg_of_gains
 from st_embfilter.evaluation.vectors import Encoder, Vectors
+from st_embfilter.spectrum.unit import unit_rows
 
 #: MTEB's protocol: seed, repetitions, training texts of each label, texts clustered at a time.
 SEED: Final = 42
@@ -49,7 +50,7 @@ class TaskInfo:
 
     Attributes:
         name: Name of the task.
-        task_type: As in MTEB: STS, Retrieval, Classification, Clustering ...
+        task_type: MTEB's kind of task: STS, Retrieval, Classification, Clustering ...
         dataset: Name of the data.
         split: Part of the data.
         metric: Name of the main score, as in MTEB.
@@ -117,7 +118,7 @@ class STSTask:
     def run(self, encoder: Encoder) -> Outcome:
         """Measures an encoder; the resampled units are pairs."""
         texts = [first for first, _, _ in self.pairs] + [second for _, second, _ in self.pairs]
-        left, right = np.split(unit_rows(encoder.encode(texts)), 2)
+        left, right = np.split(unit_rows(encoder.encode(texts).astype(np.float64)), 2)
         # Rounded, so that every text is exactly as near to itself as any other.
         cosines = np.einsum("ij,ij->i", left, right).round(12)
         scores = [score for _, _, score in self.pairs]
@@ -163,8 +164,10 @@ class RetrievalTask:
         """Measures an encoder; the resampled units are queries."""
         ids = np.array(list(self.documents))
         asked = list(self.judgements)
-        documents = _unit(encoder.encode(list(self.documents.values()), method="encode_document"))
-        queries = _unit(
+        documents = unit_rows(
+            encoder.encode(list(self.documents.values()), method="encode_document")
+        )
+        queries = unit_rows(
             encoder.encode([self.queries[query] for query in asked], method="encode_query")
         )
         values = []
@@ -350,12 +353,6 @@ def _top(scores: NDArray[np.float32], ids: NDArray[np.str_], k: int) -> list[str
     candidates = np.flatnonzero(scores >= bound)
     best = sorted(((scores[i], str(ids[i])) for i in candidates), reverse=True)[:k]
     return [key for _, key in best]
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Vectors = vectors / np.maximum(lengths, 1e-12)
-    return unit
 
 
 def _table(folder: Path, name: str) -> Path:

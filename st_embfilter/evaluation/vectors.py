@@ -12,12 +12,11 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from tqdm.auto import tqdm
 
 from st_embfilter.errors import BackboneError, EmbedFilterError, OutputError
 from st_embfilter.files.staging import check_file
 from st_embfilter.model.fingerprint import fingerprint
-from st_embfilter.text import reading
+from st_embfilter.text import progress_bar, reading
 
 Vectors = NDArray[np.float32]
 
@@ -114,12 +113,8 @@ class VectorStore:
 
     def _encode_unique(self, texts: list[str], method: str, prompt: str | None) -> Vectors:
         parts = []
-        with tqdm(
-            total=len(texts),
-            unit="text",
-            desc="Encoding",
-            leave=False,
-            disable=None if self.show_progress_bar else True,
+        with progress_bar(
+            "Encoding", "text", len(texts), show=self.show_progress_bar, leave=False
         ) as bar:
             for first in range(0, len(texts), self.chunk):
                 chunk = texts[first : first + self.chunk]
@@ -186,9 +181,9 @@ def read(file: Path, rows: int, width: int | None) -> Vectors | None:
     """Stored vectors; None if they are not there, or damaged: they are then encoded again.
 
     Args:
-        file: Of numpy.
+        file: A file of `numpy.save`.
         rows: Number of texts.
-        width: Of a vector, where it is known.
+        width: Dimensions of a vector, where they are known.
     """
     if not file.is_file():
         return None

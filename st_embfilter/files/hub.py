@@ -209,7 +209,7 @@ class RemoteSafetensors(SafetensorsFile):
 
     Args:
         name: For errors.
-        url: That resolves to the file.
+        url: A URL that resolves to the file.
         token: Hub token; sent to the Hub alone, not to the storage that the Hub points to.
         retrying: Runs an action until it succeeds.
         cached: The same file in the cache, once somebody has downloaded it; None before.

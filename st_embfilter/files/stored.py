@@ -49,7 +49,7 @@ class StoredTensor:
     """A matrix that can be read by rows.
 
     Attributes:
-        name: Its key in the checkpoint.
+        name: The tensor's key in the checkpoint.
         shape: (rows, columns).
         dtype: The dtype in which it is stored; rows come in it.
         read_rows: Reads rows [start, stop) as a (stop - start, columns) tensor on the CPU.

@@ -25,8 +25,8 @@ class Slot:
 
     Attributes:
         dtype: Name in the safetensors format, e.g. "BF16".
-        shape: Its sizes.
-        nbytes: Its size in bytes.
+        shape: The tensor's shape.
+        nbytes: The tensor's size in bytes.
     """
 
     dtype: str

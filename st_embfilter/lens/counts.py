@@ -17,11 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from st_embfilter.errors import CorpusError, FormatError, ProvenanceError, ShapeError
-from st_embfilter.text import read_json, reading, shown
+from st_embfilter.text import progress_bar, read_json, reading, shown
 
 #: Most tokens that a file of counts may speak of; no vocabulary comes near.
 MAX_VOCABULARY: Final = 10_000_000
@@ -190,9 +189,7 @@ def count_tokens(
     counts = torch.zeros(len(tokenizer), dtype=torch.int64)
     stream = iter(texts)
     number = 0
-    with tqdm(
-        desc="Counting tokens", unit=" texts", disable=None if show_progress_bar else True
-    ) as bar:
+    with progress_bar("Counting tokens", " texts", show=show_progress_bar) as bar:
         while batch := list(islice(stream, _BATCH)):
             encoded = tokenizer(
                 batch, add_special_tokens=False, return_attention_mask=False, verbose=False

@@ -154,7 +154,7 @@ def lens_figure(
     Args:
         texts: The texts.
         before: Tokens of each text with their probabilities.
-        after: The same with the filter.
+        after: Nearest tokens with the filter.
     """
     line, gap, margin = 0.2, 0.42, 0.3
     heights = [line * max(map(len, pair)) for pair in zip(before, after, strict=True)]

@@ -41,7 +41,7 @@ class Token:
 
     Attributes:
         text: Decoded.
-        id: Its number.
+        id: The token's number.
         probability: Softmax over the whole vocabulary, in [0, 1].
     """
 

@@ -58,7 +58,7 @@ def average_token(
 
     Args:
         unembedding: W_U, (V, d).
-        spectrum: Its spectrum, in float64.
+        spectrum: The matrix's spectrum, in float64.
         log_probabilities: (V,), see `TokenCounts.log_probabilities`.
 
     Returns:
@@ -96,7 +96,7 @@ def spectroscopy(
 
     Args:
         unembedding: W_U, (V, d).
-        spectrum: Its spectrum.
+        spectrum: The matrix's spectrum.
         embedding: h, (d,); the average token in the paper.
         groups: Token ids of each group, e.g. `TokenCounts.groups`.
 
@@ -156,7 +156,7 @@ def spectroscopy_of_counts(
 
     Args:
         unembedding: W_U, (V, d).
-        spectrum: Its spectrum, in float64.
+        spectrum: The matrix's spectrum, in float64.
         counts: Token counts of the corpus.
         smoothing: Pseudo-count of the average token, see `TokenCounts.log_probabilities`.
     """

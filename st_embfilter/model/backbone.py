@@ -68,7 +68,7 @@ def load_backbone(
     Args:
         source: A language model, a GGUF file or a PEFT adapter.
         max_seq_length: Longest text in tokens, capped by the model; None for the model's own limit.
-        dtype: Of the backbone, as in transformers; of a GGUF file as in `gguf_folder`.
+        dtype: The backbone's, as transformers takes it; for a GGUF file see `gguf_folder`.
         module_class: What to make of it.
         modality_config: What the module calls on the backbone.
 

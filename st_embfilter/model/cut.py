@@ -6,7 +6,6 @@ the meta device.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -32,7 +31,7 @@ from st_embfilter.files.tensors import (
 from st_embfilter.files.writer import RawTensor, raw_tensors, write_safetensors
 from st_embfilter.model.backbone import check_links, small_files
 from st_embfilter.model.depth import Depth, block_stack, cut_config, cut_model, text_config
-from st_embfilter.text import read_json
+from st_embfilter.text import read_json, write_json
 from st_embfilter.unembedding.adapter import ADAPTER_CONFIG
 from st_embfilter.unembedding.head import meta_model, stored_names
 from st_embfilter.unembedding.source import CONFIG_FILE, Source
@@ -105,7 +104,7 @@ def cut_checkpoint(source: Source, target: Path, layers: int) -> None:
     for file in _small(source):
         shutil.copyfile(file, target / file.name)
     document = cut_config(document, config, layers)
-    (target / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_json(target / CONFIG_FILE, document)
     try:
         kept = Source(str(target), trust_remote_code=source.trust_remote_code).config()
         smaller = meta_model(kept, **options)
@@ -119,7 +118,7 @@ def cut_checkpoint(source: Source, target: Path, layers: int) -> None:
     if set(places.values()) != {SAFETENSORS_FILE}:
         size = sum((target / shard).stat().st_size for shard in set(places.values()))
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        (target / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(target / SAFETENSORS_INDEX, index)
 
 
 def _shards(

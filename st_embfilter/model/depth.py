@@ -6,10 +6,10 @@ model. Checkpoints are cut in `cut`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -156,11 +156,11 @@ def cut_config(
 
     Args:
         document: The content of `config.json`.
-        config: The same, parsed by transformers.
+        config: The document, parsed by transformers.
         layers: Number of blocks that stay, >= 1.
     """
     text = text_config(config)
-    cut = json.loads(json.dumps(document))
+    cut = deepcopy(dict(document))
     nested = [key for key in config.sub_configs if getattr(config, key, None) is text]
     node = cut.setdefault(nested[0], {}) if nested else cut
     for name, value in config_changes(text, layers).items():

@@ -93,7 +93,7 @@ def read_parts(files: ModelFiles, folder: str | None = None) -> FilterParts:
     """What the files of a model hold of its filter, in any form.
 
     Args:
-        files: Of a filtered model, or of a filter alone.
+        files: The files of a filtered model, or of a filter alone.
         folder: Where its weights must lie, with a slash at the end; None for where they are found.
 
     Raises:

@@ -22,7 +22,6 @@ from typing import Any, BinaryIO, Final
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import (
     GGUF_SUPPORTED_ARCHITECTURES,
@@ -35,7 +34,7 @@ from st_embfilter.errors import BackboneError
 from st_embfilter.files.tensors import SAFETENSORS_FILE
 from st_embfilter.files.writer import SafetensorsWriter, Slot
 from st_embfilter.model.gguf_tokenizer import gguf_tokenizer, write_tokenizer
-from st_embfilter.text import first_line, write_json
+from st_embfilter.text import first_line, progress_bar, write_json
 from st_embfilter.unembedding.gguf import INPUT, OUTPUT, GGUFFile, GGUFTensor, find_gguf
 from st_embfilter.unembedding.head import meta_model
 from st_embfilter.unembedding.source import Source
@@ -65,11 +64,11 @@ def readable(
 
     Args:
         source: A language model in any form.
-        dtype: As in `gguf_folder`, if it is a GGUF file.
+        dtype: Dtype of a GGUF file's weights, see `gguf_folder`.
         show_progress_bar: Show a bar while weights are dequantised.
 
     Raises:
-        EmbedFilterError: As `gguf_folder`.
+        EmbedFilterError: Whatever `gguf_folder` raises.
     """
     path = find_gguf(Path(source.name))
     if path is None:
@@ -141,12 +140,8 @@ def write_gguf_folder(
     values = sum(prod(tensor.shape) for tensor in file.tensors.values())
     with (
         (folder / SAFETENSORS_FILE).open("wb") as target,
-        tqdm(
-            total=values,
-            unit="",
-            unit_scale=True,
-            desc=f"Weights of {path.name}",
-            disable=None if show_progress_bar else True,
+        progress_bar(
+            f"Weights of {path.name}", "", values, show=show_progress_bar, scaled=True
         ) as bar,
     ):
         sink = _Parameters(target, model, dtype, path.name)

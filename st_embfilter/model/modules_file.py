@@ -27,7 +27,7 @@ class SavedModule:
 
     Attributes:
         type: Dotted path of its class.
-        path: Its folder, relative; "" for the model folder itself.
+        path: The module's folder, relative; "" for the model folder itself.
     """
 
     type: str

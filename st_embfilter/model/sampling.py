@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,7 +20,7 @@ from transformers import (
 from st_embfilter.errors import CalibrationError, SampleWarning
 from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.tokenizer import DOCUMENT_SEPARATOR, start_token
-from st_embfilter.text import reading, shown
+from st_embfilter.text import progress_bar, reading, shown
 from st_embfilter.unembedding.source import Source
 
 #: Tokens of a sampled text, about two sentences: the length of the texts that people embed.
@@ -118,12 +117,7 @@ def sample_texts(
     devices = [model.device] if model.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices),
-        tqdm(
-            total=count,
-            unit="text",
-            desc="Sampling texts",
-            disable=None if show_progress_bar else True,
-        ) as bar,
+        progress_bar("Sampling texts", "text", count, show=show_progress_bar) as bar,
     ):
         torch.manual_seed(seed)
         pad = tokenizer.pad_token_id or tokenizer.eos_token_id or start

@@ -144,7 +144,7 @@ def single_pieces(processor: Any) -> Any:
     that the tokenizers library gives stay the same.
 
     Args:
-        processor: Its JSON, of any kind; None for none.
+        processor: The post-processor's JSON, of any kind; None for none.
     """
     if not isinstance(processor, dict):
         return processor

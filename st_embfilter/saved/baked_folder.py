@@ -112,7 +112,7 @@ def export_folder(
     Args:
         name_or_path: Portable folder of a filtered model that was built with `norm="folded"`.
         target: Folder to write; must be missing or empty.
-        dtype: Of the matrices; None for that in which each is stored.
+        dtype: The matrices' dtype; None for that in which each is stored.
         overwrite: Replace a model folder that is there.
 
     Returns:
@@ -188,10 +188,10 @@ class Job:
     """A tensor of a baked model.
 
     Attributes:
-        name: As the model has it.
-        shape: Of the whole.
+        name: The tensor's name in the model.
+        shape: Shape of the whole tensor.
         dtype: What it is stored in.
-        rows: Its blocks of rows, in the dtype of the arithmetic.
+        rows: The tensor's blocks of rows, in the dtype of the arithmetic.
         axis: Which of its axes is rotated, 0 or 1; None for none.
     """
 

@@ -39,10 +39,10 @@ class CardFacts:
         on_hub: Whether `base_model` is a Hub id.
         revision: Commit of the base model.
         tensor: Name of the unembedding matrix.
-        vocabulary: Its number of rows.
-        dtype: As stored.
+        vocabulary: Number of rows of the unembedding matrix.
+        dtype: The dtype as it is stored.
         tied: Whether it is also the input embedding.
-        sha256: Of its bytes.
+        sha256: Hash of its bytes.
         prompt: Prompt recipe; None for plain text.
         calibration: How the filter was calibrated, as in the metadata; None for the filter alone.
         depth: How many of the base model's blocks it has; None for all.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,7 +90,7 @@ def state_dtype(folder: Path, dtype: torch.dtype) -> None:
         index = read_json(path.read_bytes(), path.name, BackboneError)
         sizes = (raw.nbytes for file in _shards(folder) for raw in _raw(file).values())
         index["metadata"] = {"total_size": sum(sizes)}
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(path, index)
 
 
 def _shards(folder: Path) -> list[Path]:

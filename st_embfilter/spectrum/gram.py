@@ -375,7 +375,7 @@ def signs(rows: Tensor, nearly: float = NEARLY) -> Tensor:
 
     Args:
         rows: (n, d).
-        nearly: Of the largest magnitude.
+        nearly: Share of the largest magnitude from which an entry counts as the largest.
 
     Returns:
         (n, 1), each 1.0 or -1.0.

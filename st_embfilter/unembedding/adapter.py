@@ -31,7 +31,7 @@ class Adapter:
 
     Attributes:
         files: Where it lies.
-        config: Its `adapter_config.json`.
+        config: Content of the adapter's `adapter_config.json`.
     """
 
     files: ModelFiles

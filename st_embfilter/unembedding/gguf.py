@@ -57,8 +57,8 @@ class GGUFTensor:
         name: E.g. "blk.0.attn_q.weight".
         shape: Sizes as in torch, rows first.
         kind: Number of its quantisation (`gguf.GGMLQuantizationType`).
-        start: Its first byte in the file.
-        nbytes: Its bytes in the file.
+        start: Place of the tensor's first byte in the file.
+        nbytes: Bytes of the tensor in the file.
     """
 
     name: str

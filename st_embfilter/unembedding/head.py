@@ -35,8 +35,8 @@ def meta_model(
     """The language model of a config without weights, on the meta device.
 
     Args:
-        config: Of a causal LM; of a vision-language model, whose text decoder is nested; or, with
-            `masked_lm`, of a masked LM.
+        config: The config of a causal LM; of a vision-language model, whose text decoder is nested;
+            or, with `masked_lm`, of a masked LM.
         masked_lm: Build a masked LM instead, and accept heads with layers of their own.
         trust_remote_code: Allow model code of the checkpoint to run.
 

@@ -12,12 +12,12 @@ from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from st_embfilter.files.stored import StoredTensor
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import Precision, spectrum_of
 from st_embfilter.spectrum.spectrum import Spectrum
+from st_embfilter.text import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -186,12 +186,8 @@ class Unembedding:
     @contextmanager
     def progress_bar(self, show: bool) -> Iterator[Progress]:
         """A bar for one `fit`, where a person watches."""
-        with tqdm(
-            total=self.stored.nbytes,
-            unit="B",
-            unit_scale=True,
-            desc=f"Spectrum of {self.stored.name}",
-            disable=None if show else True,
+        with progress_bar(
+            f"Spectrum of {self.stored.name}", "B", self.stored.nbytes, show=show, scaled=True
         ) as bar:
             yield lambda done, total: bar.update(max(0, done - bar.n))
 

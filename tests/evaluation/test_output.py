@@ -17,6 +17,7 @@ from st_embfilter.errors import DataError
 from st_embfilter.evaluation.indexes import Collection, storage_table
 from st_embfilter.saved.results import Result as Row
 from st_embfilter.saved.results import read_results
+from st_embfilter.spectrum.unit import unit_rows
 from tests.conftest import tiny_lm
 
 HAS_MTEB = pytest.importorskip("importlib.util").find_spec("mteb") is not None
@@ -123,7 +124,7 @@ def test_depth_figure() -> None:
 
 def test_storage_table() -> None:
     faiss = pytest.importorskip("faiss")
-    from st_embfilter.evaluation.indexes import _Index, _unit
+    from st_embfilter.evaluation.indexes import _Index
 
     rng = np.random.default_rng(0)
     documents = rng.standard_normal((600, 64)).astype(np.float32)
@@ -139,7 +140,7 @@ def test_storage_table() -> None:
         assert 0 <= by_key[64, precision, "flat"].index_bytes - payload * size < 2000
         assert by_key[32, precision, "flat"].index_bytes < 0.6 * payload * size + 1000
     assert by_key[16, "float32", "flat"].recall < by_key[32, "float32", "flat"].recall < 1
-    unit = _unit(documents)
+    unit = unit_rows(documents)
     index = _Index(faiss, "int8", "flat", unit)
     codes = faiss.vector_to_array(index.index.codes)
     ranges = np.stack([unit.min(axis=0), unit.max(axis=0)])
