@@ -1,7 +1,8 @@
 """Every architecture that transformers maps to a causal LM, made tiny and taken the whole way.
 
 `python -m tests.architectures` runs them all, each under a time limit in a process that a crash may
-end, and writes docs/architectures.md.
+end, and writes docs/architectures.md. With `--resume FILE` outcomes are kept in that file, and what
+is there is not measured again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 import st_embfilter
-from st_embfilter.errors import BackboneError, UnembeddingError
+from st_embfilter.errors import BackboneError, DepthError, UnembeddingError
+from st_embfilter.evaluation.depth import DepthStore
+from st_embfilter.evaluation.sweep import without_filter
+from st_embfilter.model.backbone import backbone_model
+from st_embfilter.model.depth import block_stack, cut_to
+from st_embfilter.model.layer import filter_of
 from st_embfilter.unembedding.source import open_unembedding
 
 TEXTS: Final = ["the cup of tea is in the light", "a glacier", "sugar rates , sugar tea ."]
@@ -268,19 +274,23 @@ class Outcome:
         status: "works", "on request", "refused" or "not built".
         detail: The tensor's name, or the sentence that the user gets.
         note: What is worth knowing.
+        depths: What `layers=` it takes: "0, 1, ..." or "1, ..." or "all".
+        uncut: Why its layers cannot be cut, or not to none, in the sentence that the user gets.
     """
 
     model_type: str
     status: str
     detail: str
     note: str = ""
+    depths: str = ""
+    uncut: str = ""
 
     @property
     def row(self) -> str:
         """Its row in the table."""
         cells = [f"`{self.model_type}`", self.detail]
         if self.status in ("works", "on request"):
-            cells = [f"`{self.model_type}`", f"`{self.detail}`", self.note]
+            cells = [f"`{self.model_type}`", f"`{self.detail}`", self.depths, self.note]
         return f"| {' | '.join(cells)} |"
 
 
@@ -339,6 +349,8 @@ def exercise(model_type: str, folder: Path) -> Outcome:
     plain = SentenceTransformer(str(portable), device="cpu").encode(TEXTS)
     check(close(plain, embeddings), "the portable folder embeds the same")
 
+    depths, uncut = check_cut(source, embedder, folder / "cut", bool(refusal))
+
     notes = ["tied"] if found.tied else []
     if getattr(head, "bias", None) is not None:
         notes.append("head bias ignored")
@@ -347,7 +359,41 @@ def exercise(model_type: str, folder: Path) -> Outcome:
     if model_type in MIND_PADDING:
         notes.append("no attention mask: encode with batch_size=1")
     status = "on request" if refusal else "works"
-    return Outcome(model_type, status, found.stored.name, ", ".join(notes))
+    return Outcome(model_type, status, found.stored.name, ", ".join(notes), depths, uncut)
+
+
+def check_cut(
+    source: Path, embedder: SentenceTransformer, folder: Path, masked_lm: bool
+) -> tuple[str, str]:
+    """Cuts a model to one block, and to none, and compares that with the states of the whole one.
+
+    Returns:
+        Which depths it takes, and why not all of them.
+    """
+    layer = filter_of(embedder)
+    whole = without_filter(embedder)
+    options: dict[str, Any] = {"keep": 0.5, "masked_lm": masked_lm, "device": "cpu"}
+    options["show_progress_bar"] = False
+    try:
+        cut = st_embfilter.from_causal_lm(source, layers=1, **options)
+    except DepthError as error:
+        return "all", str(error)
+    try:
+        store = DepthStore(whole, [1], batch_size=1, show_progress_bar=False)
+        states = store.at(1).encode(TEXTS)
+    except DepthError:  # no final norm, e.g. because each block ends in one
+        with cut_to(backbone_model(whole), 1):
+            states = whole.encode(TEXTS, batch_size=1)
+    expected = layer.linear(torch.from_numpy(states)).detach().numpy()
+    saved = st_embfilter.save_pretrained(cut, folder)
+    check(len(block_stack(backbone_model(cut))[1]) == 1, "a cut model has one block")
+    plain = SentenceTransformer(str(saved), device="cpu").encode(TEXTS, batch_size=1)
+    check(close(plain, expected), "a cut model embeds as the state after its blocks")
+    try:
+        st_embfilter.from_causal_lm(source, layers=0, **options)
+    except DepthError as error:
+        return "1, ...", str(error)
+    return "0, 1, ...", ""
 
 
 def check(holds: bool, claim: str) -> None:
@@ -356,7 +402,6 @@ def check(holds: bool, claim: str) -> None:
 
 
 def close(a: np.ndarray, b: np.ndarray) -> bool:
-    """Ten times what float32 sums leave (`conftest.FLOAT32`): some architectures loop over time."""
     return bool(np.abs(a - b).max() <= 1e-4 * np.abs(b).max())
 
 
@@ -378,14 +423,19 @@ def check_reads_hidden_state(
     check(float(rising.min()) >= -1e-4 * float(logits.abs().max()), "logits rise with W_U h")
 
 
-def run_all(seconds: float = 1800) -> list[Outcome]:
+def run_all(seconds: float = 1800, kept: Path | None = None) -> list[Outcome]:
     """Every architecture, in processes of their own: one that hangs or crashes ends only itself.
 
     Args:
         seconds: When an answer is given up; a guard against a hang, however slow the machine.
+        kept: File of outcomes that are there already; new ones are added to it.
     """
-    waiting = list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    every = list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     outcomes: list[Outcome] = []
+    if kept is not None and kept.is_file():
+        outcomes = [Outcome(**json.loads(line)) for line in kept.read_text().splitlines()]
+    there = {outcome.model_type for outcome in outcomes}
+    waiting = [model_type for model_type in every if model_type not in there]
     while waiting:
         batch = waiting[:24]
         done: list[Outcome] = []
@@ -408,8 +458,11 @@ def run_all(seconds: float = 1800) -> list[Outcome]:
             failed = Outcome(batch[len(done)], "failed", f"no answer in {seconds:g} s, or a crash")
             done.append(failed)
         outcomes += done
+        if kept is not None:
+            with kept.open("a") as file:
+                file.writelines(f"{json.dumps(dataclasses.asdict(one))}\n" for one in done)
         waiting = waiting[len(done) :]
-    return outcomes
+    return sorted(outcomes, key=lambda outcome: every.index(outcome.model_type))
 
 
 def work(model_types: list[str]) -> None:
@@ -436,6 +489,9 @@ def table(outcomes: list[Outcome]) -> str:
     built = len(outcomes) - len(by_status["not built"])
     count = {status: len(found) for status, found in by_status.items()}
     usable = count["works"] + count["on request"]
+    usable_ones = by_status["works"] + by_status["on request"]
+    cuttable = sum(outcome.depths != "all" for outcome in usable_ones)
+    static = sum(outcome.depths.startswith("0") for outcome in usable_ones)
     halves = sum("encoder-decoder" in outcome.detail for outcome in by_status["refused"])
     lines = [
         "# Architectures",
@@ -472,8 +528,8 @@ def table(outcomes: list[Outcome]) -> str:
         "",
         "## Works",
         "",
-        "| model type | W_U in the checkpoint | notes |",
-        "|---|---|---|",
+        "| model type | W_U in the checkpoint | `layers=` | notes |",
+        "|---|---|---|---|",
         *(outcome.row for outcome in by_status["works"]),
         "",
         "## On request",
@@ -481,9 +537,24 @@ def table(outcomes: list[Outcome]) -> str:
         "Masked language models. Between their hidden states and the decoder matrix mostly stand "
         "layers of the head, and they are no decoders: the paper says nothing about them.",
         "",
-        "| model type | decoder matrix in the checkpoint | notes |",
-        "|---|---|---|",
+        "| model type | decoder matrix in the checkpoint | `layers=` | notes |",
+        "|---|---|---|---|",
         *(outcome.row for outcome in by_status["on request"]),
+        "",
+        "## Depth",
+        "",
+        f"`layers=` takes every number of blocks of {cuttable} of the {usable}, and 0 of {static}. "
+        "Each was cut to one block, saved, loaded with nothing but sentence-transformers, and "
+        "compared with the state of the whole model after that block and its final norm. The "
+        "others:",
+        "",
+        "| model type | error |",
+        "|---|---|",
+        *(
+            f"| `{outcome.model_type}` | {outcome.uncut} |"
+            for outcome in usable_ones
+            if outcome.uncut
+        ),
         "",
         "## Refused",
         "",
@@ -501,10 +572,11 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    resumed = Path(sys.argv[2]) if sys.argv[1:2] == ["--resume"] else None
+    if len(sys.argv) > 1 and resumed is None:
         work(sys.argv[1:])
     else:
         TABLE.parent.mkdir(exist_ok=True)
-        found = run_all()
+        found = run_all(kept=resumed)
         TABLE.write_text(table(found), encoding="utf-8")
         sys.exit(f"failed: {bad}" if (bad := [o for o in found if o.status == "failed"]) else 0)
