@@ -9,8 +9,10 @@ This file needs nothing of st-embfilter: it travels in the folders of models tha
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 try:
@@ -24,8 +26,8 @@ _LONGEST = 2**30  # instead of the huge number that stands for "no limit" in tok
 class EchoTransformer(Transformer):
     """A Transformer whose tokenizer repeats the text; `max_seq_length` bounds the total length.
 
-    The tokenizer's own template does the repeating (`tokenizer.json`); alone it would cut the text
-    to what fits once.
+    The tokenizer's own template does the repeating (`tokenizer.json`). It is not asked to cut as
+    well: of a text in n pieces it would make all n^2 pairs of them before they are thrown away.
     """
 
     def preprocess(
@@ -46,16 +48,40 @@ class EchoTransformer(Transformer):
                 f"max_seq_length must leave room for the text twice beside the {fixed} tokens of "
                 f"the prompt, got {limit}"
             )
-        batch = self.tokenizer(
+        rows = self.tokenizer(
             [(prompt or "") + text for text in inputs],
-            padding=True,
-            truncation=True,
-            # The tokenizer takes the fixed tokens off once and uses the rest twice.
-            max_length=(limit + fixed) // 2,
+            return_attention_mask=False,
             return_token_type_ids=False,
-            return_tensors="pt",
-        )
-        return dict(batch)
+            verbose=False,  # about texts that are longer than the model's
+        )["input_ids"]
+        room = (limit - fixed) // 2
+        rows = [row if len(row) <= fixed + 2 * room else self._cut(row, room) for row in rows]
+        longest = max(map(len, rows))
+        input_ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            start = longest - len(row) if self.tokenizer.padding_side == "left" else 0
+            input_ids[i, start : start + len(row)] = torch.tensor(row)
+            attention_mask[i, start : start + len(row)] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _cut(self, row: list[int], room: int) -> list[int]:
+        """The tokens of a text, with `room` of its own left of them, both times."""
+        example = self.tokenizer("a", return_special_tokens_mask=True)
+        fixed = self.tokenizer.num_special_tokens_to_add()
+        size, length = ((len(ids) - fixed) // 2 for ids in (example["input_ids"], row))
+        kept = slice(-room, None) if self.tokenizer.truncation_side == "left" else slice(room)
+        cut: list[int] = []
+        for around, group in groupby(example["special_tokens_mask"]):
+            count = len(list(group))
+            if around:
+                cut += row[:count]
+                row = row[count:]
+            else:
+                for _ in range(count // size):
+                    cut += row[:length][kept]
+                    row = row[length:]
+        return cut
 
     def tokenize(self, texts: list[str], **kwargs: Any) -> dict[str, Any]:
         """The name of `preprocess` in sentence-transformers < 5.4."""

@@ -83,6 +83,15 @@ def modules_document(transformer: str, pooling: str, *, normalize: bool) -> list
     ]
 
 
+#: SHA-256 of what earlier versions wrote as their code, and of which version it is.
+EARLIER_CODE: Final = {
+    (
+        "echo_pooling.py",
+        "54fdf41a2df213c2b28ac1e8a1015b7206f9fd367f1b70f1c9f2976b3c973a10",
+    ): "0.1.0",
+}
+
+
 def plugin_files(modules: object) -> tuple[str, ...]:
     """The code files that a pipeline of ours is saved with.
 

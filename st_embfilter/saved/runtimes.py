@@ -10,6 +10,7 @@ Folders of 0.1.0 do none of this; they load as before, and `verify` names what t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from st_embfilter.errors import FormatError
 from st_embfilter.files.folder import ModelFiles
 from st_embfilter.model.metadata import SPECTRUM_FILE
 from st_embfilter.model.tokenizer import TOKENIZER_FILE, single_pieces
-from st_embfilter.saved.layout import BACKBONE_CONFIG, MODEL_CONFIG
+from st_embfilter.saved.layout import BACKBONE_CONFIG, EARLIER_CODE, MODEL_CONFIG
 from st_embfilter.saved.since import SINCE
 from st_embfilter.text import read_json, reading, write_json
 
@@ -72,6 +73,10 @@ def older_layout(files: ModelFiles, *, prompted: bool) -> Iterator[str]:
     needed = requirements(config.get("model_type"))
     if needed and "requirements" not in _read(files, MODEL_CONFIG):
         yield f'{MODEL_CONFIG} should say "requirements": {json.dumps(needed)}'
+    for (file, sha256), version in EARLIER_CODE.items():
+        path = files.path(file)
+        if path is not None and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+            yield f"{file} is that of {version}, which needs much time and memory for long texts"
     path = files.path(TOKENIZER_FILE) if prompted else None
     if path is not None:
         with reading(TOKENIZER_FILE, FormatError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -271,7 +272,9 @@ class _Job:
         for file in self.code:
             path = self.files.path(file)
             ours = Path(echo_pooling.__file__).with_name(file).read_bytes()
-            if path is None or path.read_bytes() != ours:
+            code = b"" if path is None else path.read_bytes()
+            known = (file, hashlib.sha256(code).hexdigest()) in layout.EARLIER_CODE
+            if code != ours and not known:
                 return False, f"{file} is not the code of this package, byte for byte; read it"
         layout.check_transformer_config(self._json(layout.TRANSFORMER_CONFIG))
         if "echo_pooling.py" not in self.code:

@@ -339,6 +339,30 @@ def test_max_seq_length_may_change_later() -> None:
         model.encode(["light"])
 
 
+@pytest.mark.parametrize("template", [Echo().template, "so: {text}{text}"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_echo_cuts_a_text_before_it_repeats_it(template: str, side: str) -> None:
+    """The tokenizer's own cutting makes n^2 sequences of a text in n pieces."""
+    model = st_embfilter.from_causal_lm(
+        DEMO_LM, prompt=Echo(template), max_seq_length=61, device="cpu"
+    )
+    tokenizer = model.tokenizer
+    tokenizer.truncation_side = side
+    words = [f"tea {i}" for i in range(500)]
+    row = model.preprocess([" ".join(words)])["input_ids"][0].tolist()
+    assert tokenizer.backend_tokenizer.truncation is None
+    bare = AutoTokenizer.from_pretrained(DEMO_LM)
+    whole = bare(" ".join(words), add_special_tokens=False, verbose=False)["input_ids"]
+    fixed = tokenizer.num_special_tokens_to_add()
+    room = (61 - fixed) // 2
+    text = whole[-room:] if side == "left" else whole[:room]
+    before = row.index(text[0])
+    assert row[before : before + room] == text
+    assert row[-1 - room : -1] == text
+    assert len(row) == fixed + 2 * room
+    assert row[:before] + row[before + room : -1 - room] + row[-1:] == tokenizer("")["input_ids"]
+
+
 # Saved ------------------------------------------------------------------------------------------
 
 

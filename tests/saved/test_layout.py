@@ -70,6 +70,21 @@ def test_an_old_folder_saved_anew_is_of_today(anew: Path) -> None:
         assert (one.ids, one.type_ids) == (other.ids, other.type_ids)
 
 
+def test_code_of_0_1_0_is_known(tmp_path: Path) -> None:
+    model = st_embfilter.from_causal_lm(DEMO_LM, prompt="echo", device="cpu")
+    saved = st_embfilter.save_pretrained(model, tmp_path / "saved")
+    code = saved / "echo_pooling.py"
+    code.write_bytes(OLD.with_name("echo_pooling-0.1.0.txt").read_bytes())
+    old = SentenceTransformer(str(saved), device="cpu", trust_remote_code=True)
+    texts = [*WANTED["texts"], "ten " * 600]
+    assert same(old.encode(texts), model.encode(texts))
+    found = {check.name: check for check in verify(saved, show_progress_bar=False)}
+    assert found["modules"].passed
+    assert "echo_pooling.py is that of 0.1.0" in found["layout"].detail
+    code.write_text(code.read_text() + "\n")
+    assert {c.name: c.passed for c in verify(saved, show_progress_bar=False)}["modules"] is False
+
+
 def test_the_new_place_comes_first(anew: Path, tmp_path: Path) -> None:
     both = Path(shutil.copytree(anew, tmp_path / "both"))
     (both / SPECTRUM).write_bytes(b"damaged")

@@ -1,12 +1,9 @@
 """The portable folder: complete or absent, and read by plain sentence-transformers."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -160,44 +157,3 @@ def test_a_model_is_not_saved_over_its_own_source(make_lm: MakeLM, tmp_path: Pat
     with pytest.raises(OutputError, match="must not be the model's source"):
         st_embfilter.save_pretrained(model, target, overwrite=True)
     assert tree(target) == before
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_a_killed_save_leaves_the_old_folder_or_the_new_one(
-    saved_demo: Path, tmp_path: Path
-) -> None:
-    """SIGKILL at several parts of a save that overwrites."""
-    code = f"""
-        import sys
-        import time
-        import st_embfilter
-        model = st_embfilter.load({str(saved_demo)!r}, device="cpu")
-        model.prompts = {{"query": "new"}}
-        start = time.perf_counter()
-        st_embfilter.save_pretrained(model, sys.argv[1] + "-first")
-        print(time.perf_counter() - start, flush=True)
-        sys.stdin.readline()
-        while True:
-            st_embfilter.save_pretrained(model, sys.argv[1], overwrite=True)
-    """
-    old = tree(saved_demo)
-    for i, part in enumerate([0.0, 0.2, 0.6, 0.9]):
-        target = tmp_path / str(i) / "model"
-        st_embfilter.save_pretrained(st_embfilter.load(saved_demo, device="cpu"), target)
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), str(target)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        with process:
-            seconds = float(process.stdout.readline())  # of a save on this machine
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            time.sleep(part * seconds)
-            process.send_signal(signal.SIGKILL)
-        if target.exists():  # "or none"
-            assert set(tree(target)) == set(old)
-            assert {k: v for k, v in tree(target).items() if "sentence_transformers" not in k} == {
-                k: v for k, v in old.items() if "sentence_transformers" not in k
-            }
