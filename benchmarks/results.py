@@ -47,6 +47,7 @@ BFLOAT16 = (
     ("gemma", "echo", None),
     ("qwen", "echo", None),
     ("smollm2", "plain", "SciFact"),
+    ("qwen", "plain", "StackOverflow"),
 )
 
 #: The paper's Qwen2.5-0.5B, arXiv 2606.07502: raw, tau = 2, by recipe and kind of task.
