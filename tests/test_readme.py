@@ -95,6 +95,32 @@ def test_the_readme_has_blocks() -> None:
     assert len(BLOCKS) >= 6
 
 
+#: Where the README first uses a word of the field, it says what that is.
+EXPLAINED = {
+    "W_U": "unembedding matrix, W_U, which turns a hidden state",
+    "PromptEOL": "PromptEOL asks for the text in one word",
+    "ECHO": "ECHO repeats it",
+}
+
+
+@pytest.mark.skipif(WHEEL_ONLY, reason="without the repository")
+def test_the_first_lines_say_how_to_install_and_what_words_mean() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = text[: text.index("## Why")]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    python = re.search(r'requires-python = ">=([\d.]+)"', project)
+    library = re.search(r'"sentence-transformers>=(\d+\.\d+)', project)
+    assert python
+    assert library
+    needed = f"Python {python[1]} and sentence-transformers {library[1]}, or newer"
+    assert needed in re.sub(r"\s+", " ", start)
+    assert "git clone" in start
+    assert "`pip install .`" in start
+    line = re.sub(r"\s+", " ", text)
+    for word, meaning in EXPLAINED.items():
+        assert line.index(word) == line.index(meaning) + meaning.index(word), word
+
+
 def test_python_blocks(place: Path) -> None:
     """All in one process, which pays for the imports once, but each with names of its own."""
     blocks = [python_with_checks(body) for language, body in BLOCKS if language == "python"]

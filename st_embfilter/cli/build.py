@@ -45,6 +45,10 @@ def build(
     pooling: Annotated[str | None, typer.Option(help="mean, lasttoken, ...")] = None,
     layers: Annotated[str | None, Layers] = None,
     token_weights: Annotated[str | None, typer.Option(help="With --layers 0: zipf or sif.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16. (default: the checkpoint's)"),
+    ] = None,
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Embeddings of unit length.")
     ] = False,
@@ -97,6 +101,8 @@ def build(
     """
     width = parse_keep(keep)
     depth = None if layers is None else parse_layers(layers)
+    if dtype not in (None, "float32", "float16", "bfloat16"):
+        raise typer.BadParameter(f"dtype must be float32, float16 or bfloat16, got {dtype!r:.60}")
     quiet_libraries(model, quiet)
     from st_embfilter.files.staging import check_target
     from st_embfilter.model.build import build_filter, from_causal_lm
@@ -109,6 +115,7 @@ def build(
         "--prompt-encoding": prompt_encoding,
         "--pooling": pooling,
         "--layers": layers,
+        "--dtype": dtype,
         "--normalize": normalize or None,
         "--calibrate": calibrate,
     }
@@ -148,6 +155,7 @@ def build(
         calibration_size=calibration_size,
         calibration_seed=calibration_seed,
         max_seq_length=max_seq_length,
+        dtype=dtype,
         revision=revision,
         masked_lm=masked_lm,
         norm=norm,  # type: ignore[arg-type] # checked there

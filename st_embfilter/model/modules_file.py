@@ -80,7 +80,8 @@ def filter_module(modules: list[SavedModule], *, trust_remote_code: bool) -> Sav
     if foreign and not trust_remote_code:
         raise FormatError(
             f"{MODULES_FILE} names {foreign[0]!r:.80}, which is no class of sentence-transformers; "
-            "read the code that it stands for, then pass trust_remote_code=True"
+            "read the code that it stands for, then pass trust_remote_code=True "
+            "(--trust-remote-code)"
         )
     names = " > ".join(module.kind for module in modules)
     found = [i for i, m in enumerate(modules) if m.kind in ("Dense", "EmbedFilterLayer")]

@@ -19,6 +19,7 @@ from st_embfilter.files.staging import replace_file
 from st_embfilter.saved.card_facts import CardFacts, facts_of_files, small_files
 from st_embfilter.saved.card_rules import INHERITED, LIBRARY, PIPELINE, TAGS, check_card
 from st_embfilter.saved.card_tables import tables
+from st_embfilter.saved.cast import stored_dtype
 from st_embfilter.saved.layout import (
     CARD_FILE,
     LENS_FILE,
@@ -89,10 +90,11 @@ def card_of_folder(folder: str | os.PathLike[str], *, repo_id: str | None = None
     results = _text(files, RESULTS_FILE)
     rows = () if results is None else parse_results(results, RESULTS_FILE, FormatError)
     card = _text(files, CARD_FILE)
-    facts = facts_of_files(small, base_card=card, results=rows)
+    options: dict[str, Any] = {"results": rows, "dtype": stored_dtype(files)}
+    facts = facts_of_files(small, base_card=card, **options)
     if not facts.inherited and facts.on_hub:
         card = base_card(str(facts.base_model), facts.revision)
-        facts = facts_of_files(small, base_card=card, results=rows)
+        facts = facts_of_files(small, base_card=card, **options)
     return render(replace(facts, lens=_text(files, LENS_FILE)), repo_id=repo_id)
 
 
@@ -196,6 +198,8 @@ def _build_command(facts: CardFacts, repo_id: str | None) -> str:
     options: list[tuple[str, str | None]] = [
         ("--keep", str(facts.keep)),
         ("--band", None if facts.band == "bulk" else facts.band),
+        ("--norm", facts.norm),
+        ("--dtype", facts.asked_dtype),
         ("--layers", None if facts.depth is None else str(facts.depth.layers)),
         ("--token-weights", None if facts.depth is None else facts.depth.token_weights),
         ("--prompt", None if facts.prompt is None else facts.prompt.option),

@@ -46,6 +46,8 @@ class CardFacts:
         prompt: Prompt recipe; None for plain text.
         calibration: How the filter was calibrated, as in the metadata; None for the filter alone.
         depth: How many of the base model's blocks it has; None for all.
+        norm: "folded" if the norm's gain is in the spectrum.
+        asked_dtype: Dtype that it must be asked for to be built again; None for the usual one.
         lens: A section in Markdown about nearest tokens and anisotropy, see `report.card_section`.
         pooling: Mode of `Pooling`.
         normalized: Whether embeddings have unit length.
@@ -72,6 +74,8 @@ class CardFacts:
     prompt: Recipe | None = None
     calibration: Calibration | None = None
     depth: Depth | None = None
+    norm: str | None = None
+    asked_dtype: str | None = None
     lens: str | None = None
     pooling: str = "mean"
     normalized: bool = False
@@ -93,7 +97,11 @@ class CardFacts:
 
 
 def facts_of_files(
-    files: Mapping[str, bytes], *, base_card: str | None = None, results: Iterable[Result] = ()
+    files: Mapping[str, bytes],
+    *,
+    base_card: str | None = None,
+    results: Iterable[Result] = (),
+    dtype: str | None = None,
 ) -> CardFacts:
     """The facts about a model from the small files of its folder.
 
@@ -101,6 +109,7 @@ def facts_of_files(
         files: Contents by relative path; in the portable form or in sentence-transformers' own.
         base_card: The card to inherit from: the base model's, or an older one of this model.
         results: Scores to show.
+        dtype: Of its backbone or its table, e.g. "float32"; None if it is not known.
 
     Raises:
         FormatError: If the folder holds no filter, or a file is malformed.
@@ -133,6 +142,8 @@ def facts_of_files(
         prompt=None if metadata.prompt is None else recipe_from_dict(metadata.prompt),
         calibration=metadata.calibration,
         depth=metadata.depth,
+        norm=metadata.norm,
+        asked_dtype=None if dtype == _usual_dtype(metadata) else dtype,
         pooling="mean" if pooling is None else _pooling_mode(files, *pooling),
         normalized=any(kind.endswith("Normalize") for kind in types),
         max_seq_length=length if isinstance(length, int) else None,
@@ -140,6 +151,17 @@ def facts_of_files(
         inherited=inherited(base_card),
         results=tuple(results),
     )
+
+
+def _usual_dtype(metadata: FilterMetadata) -> str | None:
+    """What a build has unless asked otherwise: the checkpoint's dtype, and a table its own.
+
+    That of a GGUF file hangs on its architecture, so it is always stated.
+    """
+    if metadata.depth is not None and metadata.depth.layers == 0:
+        return "float16"
+    source = metadata.provenance
+    return source.dtype if source.gguf_sha256 is None else None
 
 
 def _form(types: Iterable[str]) -> Form:

@@ -11,9 +11,12 @@ import torch
 import transformers
 from torch import nn
 
-from st_embfilter.errors import BackboneError
+from st_embfilter.errors import BackboneError, FormatError
+from st_embfilter.files.folder import ModelFiles
 from st_embfilter.files.stored import DTYPE_NAMES, SAFETENSORS_DTYPES, LocalSafetensors
+from st_embfilter.files.tensors import SAFETENSORS_FILE
 from st_embfilter.files.writer import RawTensor, raw_tensors, write_safetensors
+from st_embfilter.saved.layout import STATIC_FOLDER, TABLE
 from st_embfilter.text import read_json, write_json
 
 _CONFIG: Final = "config.json"
@@ -44,6 +47,30 @@ def other_dtype(model: nn.Module, folder: Path) -> torch.dtype | None:
         stored = {raw.dtype for file in _shards(folder) for raw in _raw(file).values()}
         loads_in = live if stored == {DTYPE_NAMES[live]} else None
     return None if live == loads_in else live
+
+
+def dtype_name(model: nn.Module) -> str:
+    """The dtype of a live transformers model, e.g. "float32"."""
+    live: Any = model.dtype
+    return str(live).removeprefix("torch.")
+
+
+def stored_dtype(files: ModelFiles) -> str | None:
+    """The dtype of a saved model: of its backbone by `config.json`, or of its table.
+
+    Raises:
+        EmbedFilterError: If the file that says it is damaged.
+    """
+    table = files.open(f"{STATIC_FOLDER}/{SAFETENSORS_FILE}")
+    if table is not None:
+        return str(table.tensor(TABLE).dtype).removeprefix("torch.")
+    path = files.path(_CONFIG)
+    config = (
+        {} if path is None else read_json(path.read_bytes(), _CONFIG, FormatError, infinity=True)
+    )
+    stated = next((config[key] for key in _KEYS if config.get(key) is not None), None)
+    name = stated.removeprefix("torch.") if isinstance(stated, str) else ""
+    return name if getattr(torch, name, None) in _CAST else None
 
 
 def cast_weights(source: Path, target: Path, model: nn.Module, unembedding: str) -> None:

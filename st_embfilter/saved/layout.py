@@ -26,6 +26,10 @@ DENSE_CONFIG: Final = "2_Dense/config.json"
 DENSE_WEIGHTS: Final = f"2_Dense/{SAFETENSORS_FILE}"
 DENSE_SPECTRUM: Final = f"2_Dense/{SPECTRUM_FILE}"
 
+#: A static model: its one folder, and the name of its table.
+STATIC_FOLDER: Final = "0_StaticEmbedding"
+TABLE: Final = "embedding.weight"
+
 #: What no published folder can do without, beside the weights of the backbone and its tokenizer.
 FILTER_FILES: Final = (METADATA_FILE, "config.json", SAFETENSORS_FILE, CARD_FILE)
 PORTABLE_FILES: Final = (

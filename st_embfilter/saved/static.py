@@ -21,10 +21,9 @@ from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.static import static_metadata
 from st_embfilter.saved.card import base_card, render
 from st_embfilter.saved.card_facts import facts_of_files
-from st_embfilter.saved.layout import CARD_FILE
+from st_embfilter.saved.layout import CARD_FILE, STATIC_FOLDER, TABLE
 from st_embfilter.text import json_text
 
-STATIC_FOLDER: Final = "0_StaticEmbedding"
 STATIC_FILES: Final = (
     MODULES_FILE,
     "config_sentence_transformers.json",
@@ -33,7 +32,6 @@ STATIC_FILES: Final = (
     METADATA_FILE,
     CARD_FILE,
 )
-TABLE: Final = "embedding.weight"
 
 
 def static_files(
@@ -72,7 +70,8 @@ def static_files(
     base = None
     if source.model_id is not None and source.revision is not None:
         base = base_card(source.model_id, source.revision, token)
-    files[CARD_FILE] = render(facts_of_files(files, base_card=base)).encode()
+    dtype = str(modules[0].embedding.weight.dtype).removeprefix("torch.")
+    files[CARD_FILE] = render(facts_of_files(files, base_card=base, dtype=dtype)).encode()
     return files
 
 

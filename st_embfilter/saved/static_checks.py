@@ -21,7 +21,8 @@ from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.static import token_embeddings
 from st_embfilter.saved.checks import FLOAT32, turn_bounds
-from st_embfilter.saved.static import STATIC_FOLDER, TABLE, static_modules
+from st_embfilter.saved.layout import STATIC_FOLDER, TABLE
+from st_embfilter.saved.static import static_modules
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.text import read_json, reading
 from st_embfilter.unembedding.source import Source

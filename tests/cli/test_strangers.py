@@ -289,6 +289,22 @@ def test_help_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
         assert max(map(len, output.splitlines())) <= 80
 
 
+def test_a_model_with_code_says_which_option_lets_it_run(place: Path, tmp_path: Path) -> None:
+    model = st_embfilter.from_causal_lm(
+        place / "lm", prompt="echo", keep=16, device="cpu", show_progress_bar=False
+    )
+    echo = st_embfilter.save_pretrained(model, tmp_path / "echo")
+    for command in (
+        ("eval", echo, "--sts", place / "pairs.csv", "--no-baselines", "--no-cache", "-q"),
+        ("bench", echo, "--texts", place / "texts.txt", "--no-hnsw", "-q"),
+        ("lens", echo, "w20", "-q"),
+        ("encode", echo, place / "texts.txt", "-o", tmp_path / "vectors", "-q"),
+    ):
+        said = check(cli(*command), 1)
+        assert "--trust-remote-code" in said, said
+        check(cli(*command, "--trust-remote-code"), 0)
+
+
 def test_keep_1_says_what_it_is(place: Path, tmp_path: Path) -> None:
     said = check(cli("build", place / "lm", "-o", tmp_path / "a", "--keep", "1"), 0)
     assert "--keep 1 keeps one direction; 1.0 keeps all" in said

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import (
     Dense,
@@ -24,6 +25,7 @@ from st_embfilter.errors import (
     ShapeError,
     UnembeddingError,
 )
+from st_embfilter.model import filter_files
 from st_embfilter.model.backbone import TEXT_ONLY
 from st_embfilter.model.layer import EmbedFilterLayer, filter_of
 from st_embfilter.spectrum.band import Band
@@ -273,6 +275,24 @@ def test_load_brings_the_live_layer_back(
     assert torch.equal(before.singular_values, after.singular_values)
     assert before.metadata == after.metadata
     assert same(model.encode(["the light"]), again.encode(["the light"]))
+
+
+def test_load_reads_the_filter_once(
+    make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = make_lm()
+    path = st_embfilter.save_pretrained(
+        st_embfilter.from_causal_lm(folder, device="cpu"), tmp_path / "saved"
+    )
+    read: list[str] = []
+
+    def counted(file: Path) -> dict[str, torch.Tensor]:
+        read.append(file.name)
+        return load_file(file)
+
+    monkeypatch.setattr(filter_files, "load_tensors", counted)
+    st_embfilter.load(path, device="cpu")
+    assert sorted(read) == ["embfilter_spectrum.safetensors", "model.safetensors"]
 
 
 def test_load_of_a_model_without_filter(make_lm: MakeLM, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Model cards: what they say, what they inherit, what the Hub would refuse."""
 
+import inspect
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import typer
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
@@ -18,7 +20,13 @@ from model_cards.render import PAPER_MODELS, cards
 from st_embfilter import MetaEOL, PromptEOL
 from st_embfilter.cli.app import app
 from st_embfilter.errors import FormatError
-from st_embfilter.saved.card import base_card, card_of_folder, render, write_card
+from st_embfilter.saved.card import (
+    _build_command,
+    base_card,
+    card_of_folder,
+    render,
+    write_card,
+)
 from st_embfilter.saved.card_facts import CardFacts
 from st_embfilter.saved.card_rules import check_card, inherited
 from st_embfilter.saved.folder import portable_files
@@ -445,7 +453,23 @@ BUILDS = [
     {"prompt": "prompteol", "pooling": "mean", "prompt_encoding": "exact"},
     {"prompt": "echo", "normalize": True},
     {"prompt": "metaeol"},
+    {"norm": "folded", "layers": 1},
+    {"layers": 0, "token_weights": "zipf"},
+    {"layers": 0, "dtype": "float32", "normalize": True},
+    {"dtype": "bfloat16"},
 ]
+
+#: Options of `build` that a card's command need not have: where and how it is built, what the
+#: package refuses to guess, and another thing altogether.
+OTHER_OPTIONS = {"--device", "--quiet", "--overwrite", "--trust-remote-code", "--masked-lm"}
+OTHER_OPTIONS |= {"--filter-only"}
+
+
+def test_every_option_that_changes_a_model_is_in_the_command_of_its_card() -> None:
+    stated = set(re.findall(r'"(--[a-z-]+)"', inspect.getsource(_build_command)))
+    command = typer.main.get_command(app).commands["build"]  # type: ignore[attr-defined]
+    options = {p.opts[0] for p in command.params if p.opts[0].startswith("--")}
+    assert stated == options - OTHER_OPTIONS - {"--help"}
 
 
 @pytest.mark.parametrize("arguments", BUILDS, ids=range(len(BUILDS)))

@@ -82,6 +82,19 @@ def test_a_push_uploads_no_link_out_of_the_folder(
         push_folder(copy, "org/name")
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "chat_template.jinja", "modeling_evil.py"])
+def test_a_link_in_the_source_is_not_copied(
+    make_lm: MakeLM, tmp_path: Path, secret: Path, name: str
+) -> None:
+    """Not even one that was put there after the model was loaded."""
+    folder, _ = make_lm()
+    model = st_embfilter.from_causal_lm(folder, device="cpu", show_progress_bar=False)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(LinkError, match=re.escape(name)):
+        st_embfilter.save_pretrained(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_link_within_the_folder_stays(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(pushing, "upload", lambda folder, repo, **options: seen.append(repo))

@@ -113,6 +113,12 @@ def test_other_pipelines_are_refused(make_lm: MakeLM, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"> EmbedFilterLayer > LayerNorm; .* other pipelines"):
         st_embfilter.save_pretrained(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+    model = st_embfilter.from_causal_lm(folder, device="cpu")
+    plain = SentenceTransformer(
+        str(st_embfilter.save_pretrained(model, tmp_path / "saved")), device="cpu"
+    )
+    with pytest.raises(FormatError, match=r"> Dense; .* st_embfilter\.load to be saved again"):
+        st_embfilter.save_pretrained(plain, tmp_path / "again")
 
 
 # The target --------------------------------------------------------------------------------------

@@ -1,0 +1,666 @@
+"""The guards that `hardening.mutations` breaks, each with the tests that must miss it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A piece of code without which something goes wrong in silence, or with a traceback.
+
+    Attributes:
+        name: The rule that it keeps.
+        file: Where it stands.
+        old: The text of it, once in the file.
+        new: What takes its place.
+        tests: Of which at least one must fail then.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _guard(name: str, file: str, old: str, new: str, *tests: str) -> Guard:
+    return Guard(name, f"st_embfilter/{file}", old, new, tuple(f"tests/{test}" for test in tests))
+
+
+VERIFY = "saved/test_verify.py"
+FOUND = "model/test_find.py"
+STRANGERS = "cli/test_strangers.py"
+
+
+def attacks(*names: str) -> tuple[str, ...]:
+    """Tests of the attacks of these names."""
+    return tuple(f"{VERIFY}::test_attacks_fail_without_a_rebuild[{name}]" for name in names)
+
+
+def hostile(*names: str) -> tuple[str, ...]:
+    """Tests of the hostile inputs of these names."""
+    return tuple(f"test_hostile.py::test_hostile[{name}]" for name in names)
+
+
+GUARDS = (
+    # The same on every processor.
+    _guard(
+        "bits hang on no number of threads",
+        "spectrum/gram.py",
+        'with _threads_lock, threadpool_limits(1, user_api="blas"):',
+        "with _threads_lock:",
+        "test_determinism.py::test_every_direction_has_the_same_bits",
+    ),
+    _guard(
+        "float32 is left where a prefix turns",
+        "spectrum/gram.py",
+        "errors[-1] <= FLOAT32_TOLERANCE and 3 * errors.max() <= PREFIX_TOLERANCE",
+        "errors[-1] <= FLOAT32_TOLERANCE",
+        "spectrum/test_spectrum.py::test_auto_looks_at_every_prefix",
+    ),
+    _guard(
+        "a degenerate edge is told",
+        "spectrum/gram.py",
+        "if error > gap * FLOAT32_TOLERANCE:",
+        "if False:",
+        "spectrum/test_spectrum.py::test_a_degenerate_edge_is_told",
+    ),
+    _guard(
+        "a Band and keep= that contradict each other",
+        "spectrum/band.py",
+        "given = band.keep if keep is None else",
+        "given = band.keep if keep in (None, 0.5) else",
+        "spectrum/test_spectrum.py::test_a_band_object_brings_its_keep",
+    ),
+    # Whether a model is filtered: one answer.
+    _guard(
+        "a filtered model on the Hub: eval",
+        "evaluation/sweep.py",
+        "found = find_filter(source)",
+        "found = find_filter(source) if source.is_folder else None",
+        f"{FOUND}::test_a_filtered_model_on_the_hub_is_measured_as_itself",
+    ),
+    _guard(
+        "a filtered model on the Hub: bench",
+        "cli/bench.py",
+        "if find_filter(source) is not None:",
+        "if source.is_folder and find_filter(source) is not None:",
+        f"{FOUND}::test_commands_read_a_filtered_model_on_the_hub",
+    ),
+    _guard(
+        "a filtered model on the Hub: lens",
+        "lens/report.py",
+        "if find_filter(source) is not None:",
+        "if source.is_folder and find_filter(source) is not None:",
+        f"{FOUND}::test_the_lens_and_verify_read_a_filtered_model_on_the_hub",
+    ),
+    _guard(
+        "a filtered model on the Hub: encode",
+        "corpus/encoder.py",
+        "if find_filter(source) is not None:",
+        "if source.is_folder and find_filter(source) is not None:",
+        f"{FOUND}::test_commands_read_a_filtered_model_on_the_hub",
+    ),
+    _guard(
+        "a filter below a folder of its own is found",
+        "model/find.py",
+        "if path is None and modules_file is not None:",
+        "if False and modules_file is not None:",
+        f"{FOUND}::test_every_form",
+    ),
+    _guard(
+        "a prompt is not put in twice",
+        "model/build.py",
+        "    _check_plain(source)\n    unembedding",
+        "    unembedding",
+        f"{FOUND}::test_a_prompt_is_not_put_in_twice",
+    ),
+    _guard(
+        "no filter on a filter or a trained layer",
+        "model/pipeline.py",
+        "    if trained:",
+        "    if False:",
+        "model/test_build.py::test_add_filter_to_a_filtered_model_that_is_loaded_plainly",
+        "model/test_build.py::test_add_filter_to_a_model_with_a_trained_layer",
+    ),
+    # JSON.
+    _guard(
+        "json: a name twice",
+        "text.py",
+        "if len(found) != len(pairs):",
+        "if False:",
+        "test_text.py::test_refuses_what_two_readers_could_take_differently",
+        *hostile("metadata says keep twice", "modules say type twice"),
+    ),
+    _guard(
+        "json: one reader",
+        "saved/results.py",
+        "Result.parse(read_json(line, f",
+        "Result.parse(json.loads(line) or (f",
+        "test_text.py::test_no_other_reader_of_files_in_the_package",
+    ),
+    _guard(
+        "json: depth",
+        "text.py",
+        "if depth == MAX_JSON_DEPTH:",
+        "if False:",
+        "test_text.py::test_refuses_what_two_readers_could_take_differently",
+    ),
+    _guard(
+        "json: half a surrogate pair",
+        "text.py",
+        "elif escapes and isinstance(item, str) and _SURROGATE.search(item):",
+        "elif False:",
+        *hostile("half a surrogate pair"),
+    ),
+    # What is read and asked once.
+    _guard(
+        "the network is asked last",
+        "saved/folder.py",
+        "    _pipeline(model)\n    inner = backbone_model(model)",
+        "    _base_card(model, token)\n    _pipeline(model)\n    inner = backbone_model(model)",
+        "saved/test_links.py::test_what_cannot_be_saved_is_refused_before_the_network_is_asked",
+    ),
+    _guard(
+        "verify reads the matrix once",
+        "saved/verify.py",
+        "        spectrum = found\n",
+        "        spectrum = measured_spectrum(unembedding, layer.metadata)[0] or found\n",
+        f"{VERIFY}::test_the_matrix_is_read_once",
+    ),
+    _guard(
+        "load reads the filter once",
+        "saved/load.py",
+        "    layer = None if static else read_saved(",
+        "    None if static else read_filter(source.files)\n"
+        "    layer = None if static else read_saved(",
+        "model/test_build.py::test_load_reads_the_filter_once",
+    ),
+    # What plain sentence-transformers would load is what verify looks at.
+    _guard(
+        "the Dense that loads is the one that is checked",
+        "model/filter_files.py",
+        "if found is not None and folder in (None, found.weights_folder):",
+        "if found is not None:",
+        *attacks("another Dense"),
+    ),
+    _guard(
+        "only pipelines of ours",
+        "saved/verify.py",
+        "self.code = layout.plugin_files(modules)",
+        "self.code = ()",
+        *attacks("another backbone", "an extra LayerNorm", "no Pooling", "an unknown class"),
+    ),
+    _guard(
+        "nothing else in the configuration of the first module",
+        "saved/verify.py",
+        "layout.check_transformer_config(self._json(layout.TRANSFORMER_CONFIG))",
+        "pass",
+        *attacks("arguments of transformers"),
+    ),
+    _guard(
+        "one pooling",
+        "saved/layout.py",
+        "or sum(modes) != 1",
+        "or False",
+        *attacks("two poolings"),
+    ),
+    _guard(
+        "Dense does what it says and no more",
+        "model/modules_file.py",
+        "    if unknown:",
+        "    if False:",
+        *attacks("Dense adds what it reads"),
+    ),
+    _guard(
+        "code in a folder is ours, byte for byte",
+        "saved/verify.py",
+        "if path is None or path.read_bytes() != ours:",
+        "if path is None:",
+        f"{VERIFY}::test_every_recipe_that_is_saved",
+    ),
+    _guard(
+        "code in a folder does not run untrusted",
+        "saved/verify.py",
+        "if self.code and not self.source.trust_remote_code:",
+        "if False:",
+        f"{VERIFY}::test_edited_code_never_runs_without_trust",
+    ),
+    # The filter is that of the matrix.
+    _guard(
+        "rows are directions",
+        "saved/checks.py",
+        "if not worst <= 2 * rounding:",
+        "if False and not worst:",
+        *attacks(
+            "rows of dropped directions", "no spectrum, rotated rows", "no spectrum, swapped rows"
+        ),
+    ),
+    _guard(
+        "rows have their sign",
+        "saved/checks.py",
+        "if bool(flipped.any()):",
+        "if False:",
+        *attacks("a flipped sign", "no spectrum, a flipped sign"),
+    ),
+    _guard(
+        "the stored spectrum is that of the matrix",
+        "saved/checks.py",
+        "good = bool((error <= limit).all())",
+        "good = True",
+        *attacks("a spectrum forged outside", "a spectrum forged inside"),
+    ),
+    _guard(
+        "what is absent is unproven",
+        "saved/checks.py",
+        'return None, "none is stored; save',
+        'return True, "none is stored; save',
+        f"{VERIFY}::test_what_is_absent_is_unproven",
+    ),
+    _guard(
+        "unproven is no success",
+        "cli/verify.py",
+        "        raise typer.Exit(UNPROVEN)",
+        "        return",
+        f"{VERIFY}::test_what_is_absent_is_unproven",
+    ),
+    _guard(
+        "calibration on given texts is unproven without them",
+        "saved/verify.py",
+        'return None, "made with given texts',
+        'return True, "made with given texts',
+        f"{VERIFY}::test_a_calibrated_model",
+    ),
+    _guard(
+        "calibration on other texts proves nothing",
+        "saved/verify.py",
+        "if texts_hash(texts) != record.sha256:",
+        "if False:",
+        f"{VERIFY}::test_a_calibrated_model",
+        f"{VERIFY}::test_a_model_calibrated_with_generic_texts",
+    ),
+    _guard(
+        "a made-up calibration fails",
+        "saved/verify.py",
+        "return (False if difference > rounding else None), told",
+        "return None, told",
+        f"{VERIFY}::test_a_model_calibrated_with_its_own_texts",
+    ),
+    _guard(
+        "texts that are sampled again are bounded",
+        "saved/verify.py",
+        'return None, f"{record.texts} texts are not sampled again',
+        'return True, f"{record.texts} texts are not sampled again',
+        f"{VERIFY}::test_a_model_calibrated_with_its_own_texts",
+    ),
+    _guard(
+        "--base names the model of a filter",
+        "saved/verify.py",
+        "if self.base is not None:",
+        "if False:",
+        f"{VERIFY}::test_a_filter_of_a_local_model_names_it",
+    ),
+    # Whole backbones.
+    _guard(
+        "missing weights: build and load",
+        "model/whole.py",
+        '        _check_info(info, str(args[0] if args else ""))\n',
+        "",
+        "model/test_whole.py::test_damaged_weights_of_a_language_model",
+        "model/test_whole.py::test_damaged_weights_of_a_saved_model",
+    ),
+    _guard(
+        "NaN in weights: build",
+        "model/backbone.py",
+        "    check_finite(backbone.auto_model, source.name)\n",
+        "",
+        "model/test_whole.py::test_damaged_weights_of_a_language_model",
+    ),
+    _guard(
+        "NaN in weights: load",
+        "saved/load.py",
+        "    check_finite(model, source.name)\n",
+        "",
+        "model/test_whole.py::test_damaged_weights_of_a_saved_model",
+    ),
+    _guard(
+        "NaN in hidden states: build",
+        "model/backbone.py",
+        "if not bool(torch.isfinite(hidden).all()):",
+        "if False:",
+        "model/test_whole.py::test_hidden_states_that_are_no_numbers",
+        "saved/test_dtype.py::test_load_tries_one_token",
+    ),
+    _guard(
+        "missing weights: verify",
+        "saved/checks.py",
+        "        if names:\n            what",
+        "        if False:\n            what",
+        *attacks("a tensor is missing"),
+    ),
+    _guard(
+        "NaN in weights: verify",
+        "saved/checks.py",
+        "if value.is_floating_point() and not is_finite(value):",
+        "if False:",
+        *attacks("NaN in a layer", "Inf in a layer"),
+    ),
+    _guard(
+        "odd numbers in the config: verify",
+        "saved/verify.py",
+        "        if odd is not None:",
+        "        if False:",
+        *attacks("an epsilon of 10^9", "an epsilon of NaN"),
+    ),
+    # Links.
+    _guard(
+        "link: a name in a folder that nobody can prepare",
+        "files/staging.py",
+        'path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")',
+        'path.with_name(f".{path.name}.tmp")',
+        "saved/test_links.py::test_prepared_links_are_not_written_through",
+    ),
+    _guard(
+        "link: push",
+        "saved/push.py",
+        "    if linked:",
+        "    if False:",
+        "saved/test_links.py::test_a_push_uploads_no_link_out_of_the_folder",
+    ),
+    _guard(
+        "link: card and every reader of files",
+        "files/folder.py",
+        "        check_inside(path, self._folder)\n",
+        "",
+        "saved/test_links.py::test_a_card_reads_no_link_out_of_the_folder",
+        *hostile("weights behind a link", "projection behind a link"),
+    ),
+    _guard(
+        "link: what transformers reads",
+        "model/backbone.py",
+        "        check_links(Path(source.name))\n",
+        "        pass\n",
+        *hostile("tokenizer behind a link"),
+    ),
+    _guard(
+        "link: what is copied into a saved model",
+        "saved/folder.py",
+        "        check_links(source)  # no file of this machine becomes part of a model\n",
+        "",
+        "saved/test_links.py::test_a_link_in_the_source_is_not_copied",
+    ),
+    _guard(
+        "link: verify",
+        "saved/verify.py",
+        '        if found:\n            return False, f"{len(found)} links',
+        '        if False:\n            return False, f"{len(found)} links',
+        *attacks("a link beside", "a link that is hidden", "a link to a folder"),
+    ),
+    _guard(
+        "the file that transformers reads, beside a left-over index",
+        "files/tensors.py",
+        "if single is not None:",
+        "if single is not None and files.path(SAFETENSORS_INDEX) is None:",
+        "saved/test_links.py::test_weights_beside_a_left_over_index_are_those_that_transformers_reads",
+    ),
+    # Saved as it was asked for.
+    _guard(
+        "the dtype that was asked for is saved",
+        "saved/folder.py",
+        "dtype = other_dtype(inner, source)",
+        "dtype = None",
+        "saved/test_dtype.py::test_a_model_that_was_cast_after_it_was_built",
+    ),
+    _guard(
+        "a cast leaves the matrix that was hashed",
+        "saved/cast.py",
+        "(name == unembedding and rounds)",
+        "False",
+        "saved/test_dtype.py::test_the_dtype_that_was_asked_for",
+    ),
+    *(
+        _guard(
+            f"card: {option} is in the command",
+            "saved/card.py",
+            f'("{option}", {value})',
+            f'("{option}", None)',
+            "saved/test_card.py::test_the_command_of_the_card_builds_the_same_bytes",
+        )
+        for option, value in (
+            ("--calibration-size", "_size_option(facts.calibration)"),
+            ("--calibration-seed", "_seed_option(facts.calibration)"),
+            ("--pooling", "_pooling_option(facts)"),
+            ("--norm", "facts.norm"),
+            ("--layers", "None if facts.depth is None else str(facts.depth.layers)"),
+        )
+    ),
+    _guard(
+        "a damaged cache is encoded again",
+        "evaluation/vectors.py",
+        "return stored if whole and bool(np.isfinite(stored).all()) else None",
+        "return stored",
+        "evaluation/test_sweep.py::test_a_damaged_cache_file_is_made_anew",
+    ),
+    # Errors of ours for every file of a stranger.
+    _guard(
+        "every failure of a parser is an error of ours",
+        "text.py",
+        '    except Exception as found:\n        raise error(f"{shown(what)} must',
+        '    except ValueError as found:\n        raise error(f"{shown(what)} must',
+        f"{STRANGERS}::test_the_boundary_keeps_our_errors_and_replaces_all_others",
+    ),
+    _guard(
+        "a command ends with one sentence",
+        "cli/app.py",
+        "    except Exception as error:\n        if os.environ.get(TRACEBACK):",
+        "    except ValueError as error:\n        if os.environ.get(TRACEBACK):",
+        f"{STRANGERS}::test_an_unforeseen_failure_is_one_sentence",
+    ),
+    _guard(
+        "no pickle of an adapter runs",
+        "unembedding/adapter.py",
+        'weights = torch.load(path, map_location="cpu", weights_only=True)',
+        'weights = torch.load(path, map_location="cpu", weights_only=False)',
+        *hostile("adapter that is a pickle with code"),
+    ),
+    _guard(
+        "no pickle of a checkpoint runs",
+        "files/tensors.py",
+        'state = torch.load(path, map_location="cpu", weights_only=True)\n        except',
+        'state = torch.load(path, map_location="cpu", weights_only=False)\n        except',
+        *hostile("old pickle with code"),
+    ),
+    _guard(
+        "adapter: lora_alpha is a number",
+        "unembedding/adapter.py",
+        "if type(alpha) not in (int, float) or not abs(alpha) < 1e9:",
+        "if False:",
+        *hostile("adapter without lora_alpha", "adapter with alpha in words"),
+    ),
+    _guard(
+        "adapter: revision is a name",
+        "unembedding/adapter.py",
+        'if not isinstance(config.get("revision"), str | None):',
+        "if False:",
+        *hostile("adapter with a list as revision"),
+    ),
+    _guard(
+        "adapter: patterns are regular expressions",
+        "unembedding/adapter.py",
+        "except (re.error, RecursionError) as error:",
+        "except RecursionError as error:",
+        *hostile("adapter with a bad pattern"),
+    ),
+    _guard(
+        "an adapter without a tokenizer has that of its base model",
+        "model/backbone.py",
+        "if adapter.files.path(TOKENIZER_CONFIG) is not None:",
+        "if True:",
+        "model/test_whole.py::test_an_adapter_without_a_tokenizer_has_its_base_models",
+    ),
+    _guard(
+        "a projection in fp8",
+        "model/filter_files.py",
+        "fits = tuple(projection.shape) == expected and projection.dtype in _DTYPES",
+        "fits = tuple(projection.shape) == expected",
+        *hostile("projection in fp8"),
+    ),
+    _guard(
+        "metadata: dtype names one",
+        "model/metadata.py",
+        "if not isinstance(getattr(torch, provenance.dtype, None), torch.dtype):",
+        "if not hasattr(torch, provenance.dtype):",
+        *hostile("dtype is a function"),
+    ),
+    _guard(
+        "metadata: astronomical seeds",
+        "model/metadata.py",
+        "if seed is not None and not 0 <= seed < 2**63:",
+        "if False:",
+        *hostile("a calibration with a seed of 10^30"),
+    ),
+    _guard(
+        "--band random: astronomical seeds",
+        "spectrum/band.py",
+        "if not 0 <= seed < 2**63:",
+        "if False:",
+        f"{STRANGERS}::test_what_a_user_can_get_wrong",
+    ),
+    _guard(
+        "settings of generation are a stranger's",
+        "model/sampling.py",
+        "    model.generation_config = GenerationConfig(eos_token_id=ends)\n",
+        "",
+        "model/test_sampling.py::test_settings_of_the_checkpoint_do_not_shape_the_texts",
+    ),
+    _guard(
+        "max_seq_length is a length",
+        "saved/layout.py",
+        "if length is not None and (type(length) is not int or not 1 <= length < 2**31):",
+        "if False:",
+        *hostile("length of -1", "length in words"),
+    ),
+    _guard(
+        "a name that no file can have",
+        "files/folder.py",
+        "except (OSError, ValueError):  # a name",
+        "except ValueError:  # a name",
+        f"{VERIFY}::test_a_name_that_is_none",
+    ),
+    _guard(
+        "qrels: gains are whole numbers",
+        "evaluation/data.py",
+        're.compile("[+-]?[0-9]{1,9}")',
+        're.compile("[^ ]+")',
+        f"{STRANGERS}::test_noise_in_a_file[beir/qrels/test.tsv]",
+    ),
+    _guard(
+        "a device that is not here",
+        "cli/app.py",
+        "            torch.zeros(1, device=name)\n",
+        "            pass\n",
+        f"{STRANGERS}::test_what_a_user_can_get_wrong",
+    ),
+    _guard(
+        "an output that is a folder, a cache that cannot be written",
+        "files/staging.py",
+        "        if file.is_dir():\n",
+        "        if False:\n",
+        f"{STRANGERS}::test_what_a_user_can_get_wrong",
+    ),
+    _guard(
+        "counts of tokens: astronomical numbers",
+        "lens/counts.py",
+        "if not 0 < size <= MAX_VOCABULARY or not 0 <= texts < 2**53:",
+        "if False:",
+        "lens/test_counts.py::test_damaged_counts_are_refused",
+    ),
+    # What is shown.
+    _guard(
+        "escape sequences do not reach the terminal",
+        "cli/app.py",
+        'return super().render_str(visible(text, keep="\\n"), **options)',
+        "return super().render_str(text, **options)",
+        f"{STRANGERS}::test_a_strangers_text_does_not_steer_the_terminal",
+    ),
+    _guard(
+        "escape sequences do not reach messages",
+        "text.py",
+        '[: limit - 3]}..."\n    return visible(text)',
+        '[: limit - 3]}..."\n    return text',
+        "test_text.py::test_shown_is_one_printable_line",
+    ),
+    *(
+        _guard(
+            f"names do not break the card: {what}",
+            "text.py",
+            old,
+            new,
+            "saved/test_card.py::test_names_of_strangers_cannot_break_the_card",
+            "test_text.py::test_code_stays_in_its_line_and_its_cell",
+        )
+        for what, old, new in (
+            ("code", "    line = shown(text, limit=100_000)", "    line = str(text)"),
+            ("tables", 'return code(text).replace("|", "\\\\|")', "return code(text)"),
+            ("HTML", 'r"([\\\\`\\[\\]<>|&])", r"\\\\\\1"', 'r"(~~)", r"\\1"'),
+        )
+    ),
+    # What a user can get wrong.
+    _guard(
+        "a mistyped GGUF file",
+        "unembedding/source.py",
+        'if self.name.lower().endswith(".gguf") and not os.path.exists(self.name):',
+        "if False:",
+        f"{STRANGERS}::test_what_a_user_can_get_wrong",
+    ),
+    _guard(
+        "--keep 1 says what it is",
+        "cli/app.py",
+        'if text == "1":',
+        "if False:",
+        f"{STRANGERS}::test_keep_1_says_what_it_is",
+    ),
+    _guard(
+        "--version",
+        "cli/app.py",
+        "        raise typer.Exit\n",
+        "        return\n",
+        f"{STRANGERS}::test_help_and_version",
+    ),
+    _guard(
+        "inspect shows pooling, length and normalisation",
+        "cli/inspect.py",
+        "        **_pipeline_rows(opened),\n",
+        "",
+        "cli/test_cli.py::test_build_and_inspect",
+    ),
+    _guard(
+        "the band 'optimal' says where it is measured",
+        "spectrum/band.py",
+        'if self.family == "optimal" and self.order is None:',
+        "if False:",
+        f"{STRANGERS}::test_what_a_user_can_get_wrong",
+    ),
+    _guard(
+        "another pipeline is saved by sentence-transformers",
+        "saved/folder.py",
+        '+ "; a saved model is opened with st_embfilter.load to be saved again, other pipelines "',
+        '+ "; other pipelines "',
+        "saved/test_publish.py::test_other_pipelines_are_refused",
+    ),
+    _guard(
+        "a model with code says which option lets it run: eval",
+        "cli/evaluate.py",
+        "        trust_remote_code=trust_remote_code,\n        folded",
+        "        folded",
+        f"{STRANGERS}::test_a_model_with_code_says_which_option_lets_it_run",
+    ),
+    _guard(
+        "a model with code says which option lets it run: bench",
+        "cli/bench.py",
+        "source = Source(model, revision, trust_remote_code=trust_remote_code)",
+        "source = Source(model, revision)",
+        f"{STRANGERS}::test_a_model_with_code_says_which_option_lets_it_run",
+    ),
+)
