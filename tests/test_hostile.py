@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hardening.guards import GUARDS
 from st_embfilter.errors import EmbedFilterError
+from tests.conftest import ROOT
 from tests.hostile import CANARY, CHECKPOINTS, FILTERS, Hostile, good_models
 
 MAX_BYTES = 64 * 2**20
@@ -30,6 +32,17 @@ def everything(folder: Path) -> dict[str, object]:
 def test_the_table_is_long_enough() -> None:
     names = [case.name for case in CHECKPOINTS + FILTERS]
     assert len(set(names)) == len(names) >= 60
+
+
+def test_every_guard_that_is_broken_for_trial_is_there() -> None:
+    """`python -m hardening.mutations` breaks them; here only that its table follows the code."""
+    assert len({guard.name for guard in GUARDS}) == len(GUARDS)
+    for guard in GUARDS:
+        assert (ROOT / guard.file).read_text(encoding="utf-8").count(guard.old) == 1, guard.name
+        for test in guard.tests:
+            file, _, name = test.partition("::")
+            written = (ROOT / file).read_text(encoding="utf-8")
+            assert f"def {name.partition('[')[0]}(" in written, guard.name
 
 
 @pytest.mark.filterwarnings("ignore")  # other libraries warn before they fail
