@@ -96,13 +96,6 @@ GUARDS = (
         f"{FOUND}::test_the_lens_and_verify_read_a_filtered_model_on_the_hub",
     ),
     _guard(
-        "a filtered model on the Hub: encode",
-        "corpus/encoder.py",
-        "if find_filter(source) is not None:",
-        "if source.is_folder and find_filter(source) is not None:",
-        f"{FOUND}::test_commands_read_a_filtered_model_on_the_hub",
-    ),
-    _guard(
         "a filter below a folder of its own is found",
         "model/find.py",
         "if path is None and modules_file is not None:",

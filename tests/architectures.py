@@ -421,6 +421,7 @@ def check_reads_hidden_state(
     lens = hidden @ weight.T + (0 if bias is None else bias)
     check(lens.shape == logits.shape, "logits have the shape of W_U h")
     rising = logits.gather(-1, lens.argsort(-1)).diff(dim=-1)
+    # As in `close`.
     check(float(rising.min()) >= -1e-4 * float(logits.abs().max()), "logits rise with W_U h")
 
 

@@ -35,8 +35,9 @@ from st_embfilter.text import first_line, read_json, shown
 from st_embfilter.unembedding.matrix import Unembedding
 from st_embfilter.unembedding.source import Source
 
-#: A calibration is repeated if the maps differ by at most this, relative. Above it, and as far as
-#: the rounding of embeddings may go (`calibration_error`), nothing is said.
+#: A calibration counts as repeated if the maps differ by at most this, relative. A choice of what
+#: is proven, which no processor turns into a failure: above it, and as far as the rounding of
+#: embeddings may go by theory (`calibration_error`), nothing is said.
 CALIBRATION_TOLERANCE: Final = 1e-2
 
 #: More texts than this are not sampled again: it would take a day.

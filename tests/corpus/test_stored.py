@@ -23,7 +23,7 @@ from st_embfilter.errors import (
 )
 from st_embfilter.model.layer import filter_of
 from tests.cli.test_cli import cli, text
-from tests.conftest import DEMO_LM, TEXTS, same
+from tests.conftest import DEMO_LM, FLOAT32, TEXTS, same
 
 LINES = [f"{line} {i}" for i, line in enumerate(TEXTS * 3)]
 
@@ -136,7 +136,7 @@ def test_apply_to_an_array_file(
     assert quarter.exit_code == 0, quarter.output
     found = np.load(tmp_path / "out.npy")
     assert found.shape == (24, 32)
-    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=FLOAT32)
 
 
 @pytest.mark.parametrize("kind", ["list", "large", "fixed", "half", "empty"])
@@ -160,7 +160,7 @@ def test_apply_to_parquet_keeps_the_other_columns(
     assert found.drop(["vector"]).equals(table.drop(["vector"]))
     assert found.schema.field("vector").type == pa.list_(pa.float32(), 128)
     if len(rows):
-        tolerance = 1e-5 if kind != "half" else 2**-10
+        tolerance = FLOAT32 if kind != "half" else 2**-10  # float16 has 11 bits
         assert same(np.stack(found["vector"].to_numpy()), filtered, tolerance)
 
 

@@ -35,7 +35,7 @@ from st_embfilter.evaluation.vectors import Encoder, VectorStore, fingerprint
 from st_embfilter.saved.results import Result, read_results, results_frame, write_results
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.spectrum import Spectrum
-from tests.conftest import DEMO_LM, FLOAT32, MakeLM, same
+from tests.conftest import DEMO_LM, FLOAT32, FLOAT64, MakeLM, same
 
 DATA = Paraphrases.read(DEMO_TEXTS)
 D = 32
@@ -95,6 +95,19 @@ def run(raw: RawModel, tasks: Sequence[Any], *args: Any, **options: Any) -> list
     return list(sweep(raw, tasks, *args, show_progress_bar=False, **options))
 
 
+def score_by_ranks(task: STSTask, encoder: Any) -> float:
+    """A score, after a look at what it hangs on: vectors that differ by rounding swap no ranks.
+
+    Two vectors that move by FLOAT32 of their length move their cosine by twice that, and the
+    distance of two cosines by four times.
+    """
+    left, right = (np.asarray(encoder.encode([row[i] for row in task.pairs])) for i in (0, 1))
+    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    cosines = np.sort(np.einsum("ij,ij->i", left, right, dtype=np.float64) / lengths)
+    assert np.diff(cosines).min() > 4 * FLOAT32
+    return task.run(encoder).score
+
+
 # Scores ------------------------------------------------------------------------------------------
 
 
@@ -123,8 +136,7 @@ def test_scores_are_those_of_saved_models(saved_demo: Path, tmp_path: Path) -> N
 
     plain = [Plain(saved_demo), Plain(saved_demo, 64), Plain(tmp_path / "edges")]
     for row, encoder in zip(rows[1:], plain, strict=True):
-        # Ranks of 20 cosines, of which the last bits may swap none: they lie 1e-4 apart.
-        assert row.score == pytest.approx(task.run(encoder).score, abs=1e-4)
+        assert row.score == pytest.approx(score_by_ranks(task, encoder), abs=FLOAT64)
     assert [(row.configuration, row.dims, row.start) for row in rows] == [
         ("raw", 256, None),
         ("bulk", 128, 64),
@@ -164,7 +176,7 @@ def test_bands_of_a_folded_norm_are_those_of_saved_models(tmp_path: Path) -> Non
     ):
         _, folded, bulk = run(raw, [task], kept, resamples=0)
         assert (folded.configuration, folded.start) == ("folded", 64)
-        assert folded.score == pytest.approx(task.run(model).score, abs=1e-4)
+        assert folded.score == pytest.approx(score_by_ranks(task, model), abs=FLOAT64)
         assert abs(folded.score - bulk.score) > 1e-3
     assert [c.name for c in configurations(raw, None, [], False)] == ["folded"] * 3
     assert Configuration("folded:offset:7", 4).bands() == [Band("offset", 4, offset=7)]
@@ -334,7 +346,7 @@ def test_unit_length_comes_last() -> None:
     for name in ("raw", "truncate", "bulk"):
         keep = None if name == "raw" else 8
         (transform,) = Configuration(name, keep).transforms(raw.spectrum, normalize=True)
-        np.testing.assert_allclose(np.linalg.norm(transform(x), axis=1), 1, atol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(transform(x), axis=1), 1, atol=FLOAT32)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -23,12 +24,13 @@ from st_embfilter.lens import figures as plots
 from st_embfilter.lens.counts import TokenCounts, count_tokens
 from st_embfilter.lens.pages import card_section, draw, render_html
 from st_embfilter.lens.report import LensReport, TextLens, Token, look, open_model, study
+from st_embfilter.lens.tokens import pooled_embeddings
 from st_embfilter.model.layer import filter_of
 from st_embfilter.saved.card import card_of_folder
 from st_embfilter.saved.card_rules import check_card
 from st_embfilter.spectrum.band import Band
 from st_embfilter.unembedding.matrix import Unembedding, unembedding_of_tensor
-from tests.conftest import DEMO_LM, MakeLM, same
+from tests.conftest import DEMO_LM, FLOAT32, MakeLM, same
 
 HOSTILE = 'x <script>alert(1)</script> & "q" | `tick` $5 [b]'
 CORPUS = Paraphrases.read(DEMO_TEXTS).texts
@@ -411,9 +413,16 @@ def test_the_lens_at_a_depth_shows_the_model_that_is_built_to_it(tmp_path: Path)
         result = cli(model, "The glacier retreats.", "--json", "--quiet", *more)
         assert result.exit_code == 0, result.output
         shown.append(json.loads(result.stdout)["texts"][0])
+    # A state that errs by FLOAT32 of its length moves a logit by that times the length of a row,
+    # and the probability, a quotient of two sums of exponentials, by twice that.
+    model, unembedding = open_model(tmp_path / "cut", device="cpu")
+    length = pooled_embeddings(model, ["The glacier retreats."], show_progress_bar=False).norm()
+    longest = max(block.float().norm(dim=1).max() for block in unembedding.blocks())
+    moved = 2 * FLOAT32 * float(length * longest)
+    assert moved < 0.05
     for side in ("before", "after"):
         found, expected = ({t["id"]: t["probability"] for t in one[side]} for one in shown)
-        assert found == pytest.approx(expected, rel=1e-3)
+        assert found == pytest.approx(expected, rel=math.expm1(moved))
 
 
 def test_the_former_name_of_layers_still_works_and_says_so() -> None:

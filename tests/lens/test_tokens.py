@@ -70,7 +70,7 @@ def test_a_folded_filter_is_read_without_its_gain(weight: torch.Tensor) -> None:
     expected = (n @ v.T @ v @ (weight * gain).T).softmax(dim=1).topk(5, dim=1)
     found = logit_lens(n @ v.T, folded, v / gain, top_k=5)
     assert torch.equal(found.ids, expected.indices)
-    assert torch.allclose(found.probabilities, expected.values, rtol=1e-10)
+    assert torch.allclose(found.probabilities, expected.values, rtol=GRAM64)
     h = n * gain  # unfiltered: the gain changes nothing
     assert torch.equal(logit_lens(h, folded).ids, logit_lens(h, unembedding_of_tensor(weight)).ids)
 

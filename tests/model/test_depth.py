@@ -263,7 +263,7 @@ def test_a_gguf_file_is_cut(tmp_path: Path, architecture: str) -> None:
         cut = st_embfilter.from_causal_lm(path, layers=layers, **options)
         saved = st_embfilter.save_pretrained(cut, tmp_path / f"saved-{layers}")
         found = SentenceTransformer(str(saved), device="cpu").encode(texts)
-        assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+        assert same(found, expected)
         metadata = json.loads((saved / "embfilter.json").read_text())
         assert metadata["depth"] == {"layers": 1, "of": 2, "token_weights": None}
         assert metadata["base_model"]["gguf_sha256"]
@@ -350,7 +350,7 @@ def test_a_table_of_an_adapter_is_that_of_the_merged_model(make_lm: MakeLM, tmp_
         )[0].embedding.weight
         for name in ("adapter", "merged")
     ]
-    assert torch.allclose(*tables, rtol=1e-5, atol=1e-5)
+    assert same(*tables)
 
 
 def test_a_table_takes_only_the_shards_without_blocks(make_lm: MakeLM, hub: LocalHub) -> None:

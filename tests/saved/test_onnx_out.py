@@ -18,7 +18,7 @@ from st_embfilter.model.layer import filter_of
 from st_embfilter.saved import onnx_graph, onnx_out
 from st_embfilter.saved.onnx_out import DIMENSIONS_KEY, FILTER_KEY, _batches, _loss
 from tests.cli.test_cli import cli, text
-from tests.conftest import MakeLM, same
+from tests.conftest import FLOAT32, MakeLM, same
 
 WORDS = [
     "the glacier",
@@ -72,8 +72,8 @@ def test_a_graph_of_every_family_gives_the_same_embeddings(
     made = st_embfilter.export_onnx(model, tmp_path / "out")
     assert (made.file, made.dimensions, made.max_tokens) == ("onnx/model.onnx", 16, 64)
     assert made.texts > 8
-    assert made.difference < 1e-5
-    assert made.cosine > 1 - 1e-5
+    assert made.difference < FLOAT32
+    assert made.cosine > 1 - FLOAT32
     expected = model.encode(WORDS)
     assert same(run(tmp_path / "out", made.file, WORDS), expected)
     for line, alone in zip(WORDS, expected, strict=True):
@@ -99,10 +99,10 @@ def test_prompts_calibration_tables_and_narrow_backbones(
     before = {name: value.dtype for name, value in model.state_dict().items()}
     made = st_embfilter.export_onnx(model, tmp_path / "out")
     assert {name: value.dtype for name, value in model.state_dict().items()} == before
-    assert made.difference < 1e-5
+    assert made.difference < FLOAT32
     wide = model.float() if "dtype" in options else model
     # A table has 16 bits, in which torch also takes the mean; the graph does in 32.
-    tolerance = 2**-10 if "layers" in options else 1e-5
+    tolerance = 2**-10 if "layers" in options else FLOAT32
     assert same(run(tmp_path / "out", made.file, WORDS), wide.encode(WORDS), tolerance)
     facts = json.loads((tmp_path / "out" / "embfilter_onnx.json").read_text())
     assert facts["normalized"] == any(isinstance(m, Normalize) for m in model)
@@ -124,15 +124,18 @@ def test_narrow_weights_lose_what_is_reported(
     batches = _batches(made.max_tokens)  # what the others need counts for the range of 8 bits
     found = np.concatenate([run(tmp_path / "out", made.file, batch) for batch in batches])
     expected = np.concatenate([model.encode(batch) for batch in batches])
-    assert _loss(found, expected) == pytest.approx((made.difference, made.cosine), rel=1e-2)
-    assert made.difference > 1e-5  # something is lost
+    # Both sides are computed again, in float32; and of a vector of d, one number in 8 bits may fall
+    # the other way.
+    again = 2 * FLOAT32 + (1 / 127 / 32**0.5 if dtype == "int8" and layers else 0.0)
+    assert _loss(found, expected) == pytest.approx((made.difference, made.cosine), abs=again)
+    assert made.difference > FLOAT32  # something is lost
     if layers == 0:
         # A mean of rows errs no more than a row: half a step of 1/127 of its largest entry, or of
         # 2^-11 of each.
         table = model[0].embedding.weight.detach().numpy()
         step = 2**-11 if dtype == "float16" else 1 / 254
         worst = step * np.abs(table).max() * np.sqrt(table.shape[1])
-        assert np.linalg.norm(found - expected, axis=1).max() <= worst * 1.001
+        assert np.linalg.norm(found - expected, axis=1).max() <= worst * (1 + FLOAT32)
     stored = sum(weight.nbytes for weight in weights(tmp_path / "out" / made.file))
     exact = sum(value.nelement() for value in model.state_dict().values())
     assert stored < exact * {"float16": 2, "int8": 1}[dtype] * 1.5
