@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,42 @@ class Peak:
         self._thread.join()
 
 
+class Below:
+    """Seconds of cores that the processes below this one took while it was entered.
+
+    Looked up four times a second, so that the last quarter of a second of each may be missing.
+
+    Attributes:
+        seconds: By what they are: workers of Ray, or the rest of a cluster.
+    """
+
+    def __enter__(self) -> Below:
+        self._taken: dict[tuple[str, int], float] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        import psutil
+
+        while not self._stop.wait(0.25):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):  # it has gone
+                    kind = "workers" if "".join(process.cmdline()).startswith("ray::") else "rest"
+                    times = process.cpu_times()
+                    self._taken[kind, process.pid] = times.user + times.system
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.seconds = {"workers": 0.0, "rest": 0.0}
+        # A process that was idle before it was a worker counts once, as what it was last.
+        for pid in {pid for _, pid in self._taken}:
+            kind = max(self.seconds, key=lambda kind: self._taken.get((kind, pid), 0.0))
+            self.seconds[kind] += self._taken[kind, pid]
+
+
 def ratios(name: str, count: int, repeat: int, ray: bool) -> None:
     """Seconds of `encode` on a list, of the command's function, and of the Ray engine."""
     import st_embfilter
@@ -78,14 +115,24 @@ def ratios(name: str, count: int, repeat: int, ray: bool) -> None:
     if ray:
         import ray as cluster
 
-        cluster.init(num_cpus=1, log_to_driver=False, logging_level="ERROR")
         rows = -(-count // 8)
         start = time.process_time(), time.perf_counter()
-        st_embfilter.encode_corpus(
-            name, [file], place / "ray", engine="ray", shard_rows=rows, show_progress_bar=False
+        with Below() as below:
+            cluster.init(
+                num_cpus=1, log_to_driver=False, logging_level="ERROR", include_dashboard=False
+            )
+            begun = since(start)
+            st_embfilter.encode_corpus(
+                name, [file], place / "ray", engine="ray", shard_rows=rows, show_progress_bar=False
+            )
+            core, wall = since(start)
+            cluster.shutdown()
+        seconds["ray"].append((core + sum(below.seconds.values()), wall))
+        print(
+            f"ray: {begun[1]:.1f} s on the clock until the cluster was there; seconds of a core: "
+            f"{core:.1f} here, {below.seconds['workers']:.1f} in workers, "
+            f"{below.seconds['rest']:.1f} in the rest of the cluster"
         )
-        seconds["ray"].append((float("nan"), since(start)[1]))  # the worker's time is not ours
-        cluster.shutdown()
     assert done.rows == len(expected) == count
     base = [min(column) for column in zip(*seconds["encode"], strict=True)]
     for what, runs in seconds.items():

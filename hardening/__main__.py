@@ -45,7 +45,7 @@ Written by `make hardening HARDENING=--write`.
   removes what killed processes left.
 - **corpora**: processes that encode a file into shards, killed by SIGKILL at a random moment and
   started again until they are done. The folder must then be that of an uninterrupted run, byte for
-  byte, and no shard that was finished may go.
+  byte, and no shard that was finished may go. *by quarters*: how much of the folder was there.
 - **bad disks**: a full tmpfs and one mounted read-only, with an old model on them.
 - **memory**: growth of the resident memory while short texts are encoded in a loop, after a
   warm-up of 20,000; at most 5 MiB.
@@ -137,7 +137,9 @@ def main() -> int:
         f"{killed['another model after the kill']} had written, {killed['commits']} pushed",
         "left over": f"{killed['left by killed processes']} folders of killed processes, "
         f"{killed['left after the next save']} after the next save",
-        "corpora": f"{encoders['killed']} kills of encoders, {encoders['finished']} folders done, "
+        "corpora": f"{encoders['killed']} kills of encoders, "
+        + "/".join(str(encoders[f"quarter {n}"]) for n in range(1, 5))
+        + f" by quarters of the shards, {encoders['finished']} folders done, "
         f"{encoders['different']} of other bytes than the uninterrupted one",
         "bad disks": f"{disk['tried']}, {disk['clear errors']} clear errors"
         + (f", {disk['skipped']} skipped (mount needs root)" if disk["skipped"] else ""),

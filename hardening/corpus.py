@@ -21,8 +21,11 @@ from pathlib import Path
 import st_embfilter
 from tests.conftest import contents, tiny_lm
 
-#: Of the time that the whole file takes: the longest before a kill.
+#: Of the time that the whole file takes: the longest before the first kill. After each worker that
+#: was done before its kill the next ones come sooner, after each kill later: about one worker of
+#: six gets to the end, however busy the machine is, and kills fall on every part of a folder.
 LONGEST = 1 / 3
+SOONER, LATER = 0.7, 1.07
 
 #: Forks a worker for each folder that it reads, so that imports are paid for once.
 FORKER = """
@@ -70,8 +73,9 @@ def corpus_kills(count: int) -> Counter[str]:
     """Kills that many encoders.
 
     Returns:
-        How many were killed, folders finished, shards lost after a kill, folders that differ from
-        the uninterrupted one, and encoders that failed by themselves.
+        How many were killed, and in which quarter of the shards; folders finished, shards lost
+        after a kill, folders that differ from the uninterrupted one, and encoders that failed by
+        themselves.
     """
     generator = random.Random(0)
     found: Counter[str] = Counter()
@@ -106,17 +110,23 @@ def corpus_kills(count: int) -> Counter[str]:
         found["failed"] += worker(place / "whole", None) != 0
         longest = LONGEST * (time.monotonic() - start)
         whole = contents(place / "whole")
+        shards = len(list((place / "whole").glob("shard-*")))
         while found["killed"] < count:
             target = place / f"target{found['finished']}"
             before = {path.name for path in target.glob("shard-*")}
             status = worker(target, generator.uniform(0.0, longest))
-            found["killed"] += status == signal.SIGKILL
+            after = {path.name for path in target.glob("shard-*")}
+            longest *= SOONER if status == 0 else LATER
+            if status == signal.SIGKILL:
+                found["killed"] += 1
+                found[f"quarter {min(4, 1 + 4 * len(after) // shards)}"] += 1
             found["failed"] += status not in (0, signal.SIGKILL)
-            found["lost"] += len(before - {path.name for path in target.glob("shard-*")})
+            found["lost"] += len(before - after)
             if status == 0 or (target / "_manifest.json").exists():
                 found["failed"] += worker(target, None) != 0
                 found["finished"] += 1
                 found["different"] += contents(target) != whole
+                shutil.rmtree(target)
         if (target := place / f"target{found['finished']}").exists():
             found["failed"] += worker(target, None) != 0
             found["finished"] += 1

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,13 @@ from st_embfilter.errors import (
 from st_embfilter.model.fingerprint import fingerprint
 from st_embfilter.text import progress_bar
 from st_embfilter.unembedding.source import Source
+
+#: How often a shard is made again after its worker has died. Ray itself would never give up, though
+#: a shard that needs more memory than there is kills every worker.
+_RETRIES: Final = 3
+
+#: How often a worker is started again.
+_RESTARTS: Final = 8
 
 
 def encode_with_ray(
@@ -81,7 +88,8 @@ def _run(
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     # The driver may have no GPU, nor the memory for the model.
-    look = ray.remote(num_gpus=gpus, max_calls=1)(_look)
+    # Without retries: Ray would repeat one that lacks memory for ever.
+    look = ray.remote(num_gpus=gpus, max_retries=0)(_look)
     settings, _ = ray.get(look.remote(source, settings, dims, measure=False))
     folder = Folder(output, settings)
     with folder.opened():
@@ -111,6 +119,8 @@ def _run(
                     compute=ray.data.ActorPoolStrategy(min_size=workers[0], max_size=workers[1]),
                     num_gpus=gpus,
                     num_cpus=1,
+                    max_restarts=_RESTARTS,
+                    max_task_retries=_RETRIES,
                 )
                 try:
                     for row in shards.iter_rows():
@@ -210,10 +220,21 @@ class _Worker:
 
 def _reason(error: BaseException) -> EmbedFilterError:
     """The error of ours inside one of Ray's."""
+    import ray
+
     inner: BaseException | None = error
+    died = memory = False
     while inner is not None:
         if isinstance(inner, EmbedFilterError):
             return inner
+        died |= isinstance(inner, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError)
+        memory |= isinstance(inner, ray.exceptions.OutOfMemoryError | MemoryError)
         inner = getattr(inner, "cause", None) or inner.__cause__
-    last = str(error).strip().splitlines()[-1]
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    if died or memory:
+        what = "lacked memory" if memory else "died, also when its work was tried again"
+        return WorkerError(
+            f"a worker {what} ({last:.300}); if memory is short, fewer workers or a smaller batch "
+            "size help"
+        )
     return WorkerError(f"Ray gave up: {last:.300}")

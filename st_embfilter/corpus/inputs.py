@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, Final, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from st_embfilter.corpus.columns import column_at, find_column, strings_of
 from st_embfilter.corpus.lines import BLANK, BLOCK, records_of, split_lines, table_records
-from st_embfilter.errors import CorpusError, MissingPackageError
+from st_embfilter.errors import CorpusError, EmbedFilterError, MissingPackageError
+from st_embfilter.text import first_line
 
 Format = Literal["parquet", "jsonl", "csv", "tsv", "text"]
 
@@ -33,6 +35,9 @@ _CODECS: Final = {".gz": "gzip", ".zst": "zstd"}
 
 #: Bytes of a Parquet column that are decoded at a time.
 _BATCH: Final = 4 << 20
+
+#: What helps with servers that give files in one piece only.
+_CACHE: Final = "put simplecache:: before the URL to download it first"
 
 #: Rows between the marks of an index.
 MARKS: Final = 4096
@@ -107,24 +112,63 @@ def find_inputs(patterns: Sequence[str | os.PathLike[str]]) -> list[Input]:
     for pattern in [os.fspath(item) for item in patterns]:
         try:
             fs, path = fsspec.core.url_to_fs(pattern)
-            if any(c in path for c in "*?["):
-                paths = sorted(p for p in fs.glob(path) if not fs.isdir(p))
-            elif fs.isdir(path):
-                inside = ((p, p[len(path) :].strip("/").split("/")) for p in fs.find(path))
-                paths = sorted(p for p, parts in inside if not any(x[:1] in "_." for x in parts))
-            else:
-                paths = [path] if fs.exists(path) else []
-            sizes = [int(fs.size(p)) for p in paths]
+            paths = _paths(fs, path, _web(pattern))
+            sizes = [_size(fs, p) for p in paths]
         except ImportError as error:
-            raise MissingPackageError(f"{pattern} needs another package: {error}") from error
-        except (OSError, ValueError) as error:
-            raise CorpusError(f"inputs must be readable, got {pattern}: {error}") from error
+            what = "pip install aiohttp" if "aiohttp" in str(error) else str(error)
+            raise MissingPackageError(f"{pattern} needs another package: {what}") from error
+        except EmbedFilterError:
+            raise
+        except Exception as error:  # whatever a file system raises
+            reason = first_line(error.__cause__ or error)  # a server's answer lies behind fsspec's
+            raise CorpusError(f"inputs must be readable, got {pattern}: {reason}") from error
         if not paths:
             raise CorpusError(f"inputs must exist, got {pattern}, which matches no file")
         local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
         for path, size in zip(paths, sizes, strict=True):
             found.append(_input(path if local else _url(pattern, fs, path), size))
     return found
+
+
+def _paths(fs: Any, path: str, web: bool) -> list[str]:
+    """The files that a path names, matches or contains.
+
+    Args:
+        fs: Of fsspec.
+        path: In it.
+        web: Whether a server of web pages answers: its folders are pages of links and end in a
+            slash, and in a URL a question mark is none of a pattern.
+    """
+    if any(c in path for c in ("*" if web else "*?[")):
+        return sorted(p for p in fs.glob(path) if not (p.endswith("/") if web else fs.isdir(p)))
+    if path.endswith("/") if web else fs.isdir(path):
+        hidden = "_.?" if web else "_."  # "?C=N;O=D" sorts the page
+        inside = ((p, p[len(path) :].strip("/").split("/")) for p in fs.find(path))
+        return sorted(p for p, parts in inside if not any(x[:1] in hidden for x in parts))
+    return [path] if web or fs.exists(path) else []
+
+
+def _size(fs: Any, path: str) -> int:
+    """Bytes of a file, as stored."""
+    size = fs.size(path)
+    if size is not None:
+        return int(size)
+    with fs.open(path, "rb") as file:  # a copy in a cache can be measured
+        try:
+            return int(file.seek(0, os.SEEK_END))
+        except ValueError as error:
+            raise CorpusError(
+                f"a server must tell how long a file is, got no length of {path}; {_CACHE}"
+            ) from error
+
+
+def _named(url: str) -> str:
+    """Of a chain, the first link that names a file: of "zip://a.jsonl::s3://bucket/all.zip"."""
+    return next((link for link in url.split("::") if "://" in link), url)
+
+
+def _web(url: str) -> bool:
+    return _named(url).startswith(("http://", "https://"))
 
 
 def _url(pattern: str, fs: Any, path: str) -> str:
@@ -137,8 +181,7 @@ def _url(pattern: str, fs: Any, path: str) -> str:
 
 
 def _input(url: str, size: int) -> Input:
-    # Of a chain, the first link that names a file: "zip://a.jsonl::s3://bucket/all.zip".
-    name = next((link for link in url.split("::") if "://" in link), url)
+    name = urlsplit(_named(url)).path if _web(url) else _named(url)
     stem, suffix = os.path.splitext(name)
     codec = _CODECS.get(suffix.lower())
     if codec is not None:
@@ -313,12 +356,15 @@ def _encodes(text: str) -> bool:
 @contextmanager
 def _reading(file: Input) -> Iterator[None]:
     """Turns what can go wrong while a file is read into one error."""
-    import pyarrow as pa
-
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
-        raise CorpusError(f"{file.url} can no longer be read: {error}") from error
+    except EmbedFilterError:
+        raise
+    except Exception as error:  # whatever a parser or a file system raises
+        advice = f"; {_CACHE}" if _web(file.url) and "cache::" not in file.url else ""
+        raise CorpusError(
+            f"{file.url} can no longer be read: {first_line(error)}{advice}"
+        ) from error
 
 
 @contextmanager

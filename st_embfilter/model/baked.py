@@ -81,9 +81,9 @@ def reading_rows(
 def writing_rows(read_rows: ReadRows, shape: tuple[int, int], rotation: Tensor) -> Iterator[Tensor]:
     """The rows of R W, of a matrix W that adds to the stream, in blocks.
 
-    Each of them hangs on all rows of W, which is in memory once, in float32.
+    Each of them hangs on all rows of W, which is in memory once, in the dtype that it is read in.
     """
-    matrix = torch.empty(shape)
+    matrix = torch.empty(shape, dtype=read_rows(0, 1).dtype)
     for first, last in row_spans(*shape):
         matrix[first:last] = read_rows(first, last)
     for first, last in row_spans(*shape):

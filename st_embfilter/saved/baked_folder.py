@@ -223,6 +223,7 @@ def baked_tensors(
     residual, model = residual_of(config), meta_model(config)
     checkpoint, tied = open_checkpoint(source.files), source.unembedding().tied
     gains = residual.gains
+    narrow = rotation.to(torch.float32)
 
     def stored(name: str) -> StoredTensor:
         place = residual.embedding if tied and name == residual.head else name
@@ -239,7 +240,7 @@ def baked_tensors(
         target = (dtype.get(name) if isinstance(dtype, Mapping) else dtype) or tensor.dtype
         axis = None
         # Float32 and wider get products in float64, so that their rounding is the only one.
-        turn = rotation if target.itemsize >= 4 else rotation.to(torch.float32)
+        turn = rotation if target.itemsize >= 4 else narrow
         rows: Iterable[Tensor]
         if name in gains:
             rows = iter([torch.full(shape, 1.0 - residual.offset)])

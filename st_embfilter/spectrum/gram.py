@@ -39,7 +39,9 @@ PREFIX_TOLERANCE: Final = 1e-3
 #: An entry of at least this part of the largest magnitude may decide the sign of a direction.
 NEARLY: Final = 0.999
 
-_PIECE_ROWS: Final = 1024
+#: Rows that are multiplied at once. Blocks of a multiple of it give the same sums.
+PIECE_ROWS: Final = 1024
+
 _TILE_COLUMNS: Final = 256
 _PROBES: Final = 4
 _PROBE_EVERY: Final = 8
@@ -52,7 +54,7 @@ _threads_lock = threading.Lock()
 class GramAccumulator:
     """Sums W^T W over row blocks.
 
-    The sum itself is always float64. With float32 blocks, pieces of `_PIECE_ROWS` rows are
+    The sum itself is always float64. With float32 blocks, pieces of `PIECE_ROWS` rows are
     multiplied in float32 for speed and then added to it; the rounding error is measured on every
     eighth piece against float64 products with random probe vectors.
 
@@ -84,7 +86,7 @@ class GramAccumulator:
         self._errors: list[Tensor] = []
         self._probes = _sign_probes(d)
         self._map = map if pool is None else pool.map
-        self._converted = torch.empty((_PIECE_ROWS, d), dtype=block_dtype, device=self.device)
+        self._converted = torch.empty((PIECE_ROWS, d), dtype=block_dtype, device=self.device)
         self._spans = _spans(d, _TILE_COLUMNS)
         # The large tiles first: no worker is left alone with one at the end.
         tiles = combinations_with_replacement(reversed(self._spans), 2)
@@ -109,7 +111,7 @@ class GramAccumulator:
             raise UnembeddingError(
                 f"every block of W_U must have shape (n, {self.d}), got {tuple(block.shape)}"
             )
-        for piece in block.split(_PIECE_ROWS):
+        for piece in block.split(PIECE_ROWS):
             squares = self._sum.diagonal().neg()
             self._add(piece)
             # No entry of a Gram matrix is above the largest of its diagonal.

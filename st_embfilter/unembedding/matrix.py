@@ -15,7 +15,7 @@ from torch import Tensor
 
 from st_embfilter.files.stored import StoredTensor
 from st_embfilter.spectrum.band import Band
-from st_embfilter.spectrum.gram import Precision, spectrum_of
+from st_embfilter.spectrum.gram import PIECE_ROWS, Precision, spectrum_of
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.text import progress_bar
 
@@ -142,7 +142,11 @@ class Unembedding:
             done = 0
             hashing = (lambda block: digest.update(_bytes(block))) if passes == 1 else None
             for block in self.blocks(seen=hashing):
-                yield block if self.gain is None else block.to(torch.float64) * self.gain
+                if self.gain is None:
+                    yield block
+                else:  # in pieces, for a block of 16 bits takes four times the memory in float64
+                    for piece in block.split(PIECE_ROWS):
+                        yield piece.to(torch.float64) * self.gain
                 done += block.nbytes
                 if progress is not None:
                     progress(done, self.stored.nbytes)

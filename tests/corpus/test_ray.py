@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import st_embfilter
+from st_embfilter.corpus import cluster as cluster_engine
 from st_embfilter.corpus.cluster import shard_starts
 from st_embfilter.corpus.inputs import MARKS, Position, Rows, find_inputs, index_rows
-from st_embfilter.errors import CorpusError
+from st_embfilter.errors import CorpusError, WorkerError
 from tests.conftest import DEMO_LM, contents
 
 
@@ -47,6 +50,15 @@ def write(path: Path, count: int) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Of this machine, with room for two workers."""
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_two_workers_one_of_which_is_killed(model: Path, tmp_path: Path) -> None:
     inputs = [write(tmp_path / "in.jsonl", 800)]
@@ -67,19 +79,83 @@ def test_two_workers_one_of_which_is_killed(model: Path, tmp_path: Path) -> None
                 os.kill(workers[0].pid, signal.SIGKILL)
                 killed.append(workers[0].pid)
 
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    try:
-        thread = threading.Thread(target=kill, daemon=True)
-        thread.start()
-        done = st_embfilter.encode_corpus(
-            model, inputs, tmp_path / "out", engine="ray", workers=(2, 2), **options
+    threading.Thread(target=kill, daemon=True).start()
+    done = st_embfilter.encode_corpus(
+        model, inputs, tmp_path / "out", engine="ray", workers=(2, 2), **options
+    )
+    assert killed
+    assert (done.rows, done.bad) == (800, 1)
+    assert contents(done.path) == contents(whole)
+    with pytest.raises(CorpusError, match=r"row 800 of .*in.jsonl: no JSON.*finished shards"):
+        st_embfilter.encode_corpus(
+            model, inputs, tmp_path / "strict", engine="ray", strict=True, **options
         )
-        assert killed
-        assert (done.rows, done.bad) == (800, 1)
-        assert contents(done.path) == contents(whole)
-        with pytest.raises(CorpusError, match=r"row 800 of .*in.jsonl: no JSON.*finished shards"):
-            st_embfilter.encode_corpus(
-                model, inputs, tmp_path / "strict", engine="ray", strict=True, **options
-            )
-    finally:
-        ray.shutdown()
+
+
+#: A module of a model that ends badly at a long text, while a file named `poison` lies beside it:
+#: by an allocation that fails, or as the system ends a process when memory is short.
+POISON = """
+import os, pathlib, signal, torch
+
+PLACE = pathlib.Path({place!r})
+
+class Poison(torch.nn.Module):
+    def forward(self, features):
+        if features["input_ids"].shape[1] > 100 and (PLACE / "poison").exists():
+            if (PLACE / "poison").read_text() == "allocate":
+                torch.empty(1 << 62, dtype=torch.uint8)
+            with (PLACE / "deaths").open("a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return features
+
+    def save(self, *arguments, **options):
+        pass
+
+    @classmethod
+    def load(cls, *arguments, **options):
+        return cls()
+"""
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_worker_without_memory_is_one_error_and_shards_stay(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_engine, "_RETRIES", 1)
+    place = tmp_path / "model"
+    shutil.copytree(model, place)
+    (place / "poison.py").write_text(POISON.format(place=str(tmp_path)))
+    modules = json.loads((place / "modules.json").read_text())
+    (place / "embfilter.json").unlink()  # a model of somebody else
+    modules.append({"idx": len(modules), "name": "p", "path": "", "type": "poison.Poison"})
+    (place / "modules.json").write_text(json.dumps(modules))
+    texts = tmp_path / "in.txt"
+    texts.write_text("".join(f"text {i} {'word ' * 200 * (i == 50)}\n" for i in range(60)))
+
+    def run(name: str, **options: object) -> Path:
+        return st_embfilter.encode_corpus(
+            place,
+            [texts],
+            tmp_path / name,
+            shard_rows=10,
+            trust_remote_code=True,
+            show_progress_bar=False,
+            **options,  # type: ignore[arg-type]
+        ).path
+
+    whole = contents(run("whole"))
+    for how, said in (
+        ("allocate", "allocate memory.* smaller batch size helps"),
+        ("kill", "a worker died, also when its work was tried again.* smaller batch size help"),
+    ):
+        (tmp_path / "poison").write_text(how)
+        with pytest.raises(WorkerError, match=f"{said}; [1-5] finished shards? stays? in"):
+            run("parts", engine="ray")
+        shards = {path.name for path in (tmp_path / "parts").glob("shard-*")}
+        assert shards
+        assert "shard-000005.parquet" not in shards
+    assert (tmp_path / "deaths").read_text() == "xx"  # once again, and no more
+    (tmp_path / "poison").unlink()
+    assert contents(run("parts", engine="ray")) == whole

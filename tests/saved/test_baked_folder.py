@@ -1,6 +1,9 @@
 """A filtered model baked into plain weights."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +206,37 @@ def test_from_causal_lm_folds_the_norm_of_a_gguf_file(tmp_path: Path) -> None:
         tmp_path / "lm.gguf", norm="folded", device="cpu", show_progress_bar=False
     )
     assert model[2].metadata.norm == "folded"
+
+
+MEMORY = """
+import resource, sys
+import torch
+from st_embfilter.saved.baked_folder import export_folder
+
+torch.set_num_threads(1)
+export_folder(sys.argv[1], sys.argv[3])  # whatever is loaded late is loaded now
+data = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
+limit = data + int(sys.argv[4])
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+export_folder(sys.argv[2], sys.argv[3], overwrite=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.parametrize(("share", "fits"), [(2.0, True), (0.2, False)])
+def test_memory_stays_below_two_of_the_largest_tensor(
+    make_lm: MakeLM, tmp_path: Path, share: float, fits: bool
+) -> None:
+    """Of a deep model in 16 bits: what is held for each of its matrices would add up."""
+    _, small = filtered(make_lm)
+    wide = {"hidden_size": 512, "vocab_size": 65_536, "num_hidden_layers": 24}
+    lm, _ = make_lm(name="large", dtype=torch.bfloat16, **wide)
+    built = st_embfilter.from_causal_lm(lm, norm="folded", device="cpu", show_progress_bar=False)
+    large = st_embfilter.save_pretrained(built, tmp_path / "large-filtered")
+    largest = 512 * 65_536 * 2
+    command = [sys.executable, "-c", MEMORY, str(small), str(large), str(tmp_path / "out"),
+               str(int(share * largest))]  # fmt: skip
+    # What is freed goes back to the system at once, whatever its size.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert (done.returncode == 0) == fits, done.stderr
