@@ -3,7 +3,9 @@
 python -m benchmarks.page [--only build] [--only load] [--cache FOLDER] [--value DATA=FOLDER]
 
 Words of a command in capitals stand for what a machine has: DATA, as `benchmarks/depth.py` takes
-it, and SMOLLM2, a folder of SmolLM2-135M-Instruct. A section is left as it was without them.
+it; SMOLLM2 and QWEN, folders of SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct in float32,
+with -BF16 in bfloat16, and with -GGUF the files that they come from. A section is left as it was
+without them.
 """
 
 from __future__ import annotations
@@ -99,6 +101,13 @@ SECTIONS = {
         "SmolLM2-135M as one graph: what the export takes, check included, and what it loses; ONNX "
         "Runtime against torch on the same batches, in turn.",
         "benchmarks/onnx_export.py --dtype float32 --dtype int8",
+        cached=False,
+    ),
+    "bake": Section(
+        "Baking a filter into the weights",
+        "SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct: memory of an export, beyond the "
+        "libraries and the input file, against the largest tensor written. Folders of bfloat16.",
+        "-m benchmarks.bake SMOLLM2-BF16 QWEN-BF16 --gguf SMOLLM2-GGUF --gguf QWEN-GGUF",
         cached=False,
     ),
     "sweep": Section(
