@@ -38,9 +38,6 @@ from st_embfilter.unembedding.source import Source
 #: a shard that needs more memory than there is kills every worker.
 _RETRIES: Final = 3
 
-#: How often a worker is started again.
-_RESTARTS: Final = 8
-
 
 def encode_with_ray(
     source: Source,
@@ -119,7 +116,6 @@ def _run(
                     compute=ray.data.ActorPoolStrategy(min_size=workers[0], max_size=workers[1]),
                     num_gpus=gpus,
                     num_cpus=1,
-                    max_restarts=_RESTARTS,
                     max_task_retries=_RETRIES,
                 )
                 try:
