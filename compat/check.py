@@ -222,8 +222,7 @@ def bertopic(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
 def onnx(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
     import onnxruntime
 
-    file = next(iter(sorted(os.listdir(os.path.join(folder, "onnx")))))
-    session = onnxruntime.InferenceSession(os.path.join(folder, "onnx", file))
+    session = onnxruntime.InferenceSession(_graph(folder))
     return _batched(lambda inputs: session.run(["sentence_embedding"], inputs)[0], folder, texts)
 
 
@@ -232,8 +231,12 @@ def openvino(folder: str, texts: list[str]) -> dict[str, np.ndarray]:
 
     # By default a CPU that can computes in 16 bits.
     precision = {"INFERENCE_PRECISION_HINT": "f32"}
-    model = Core().compile_model(os.path.join(folder, "onnx", "model.onnx"), "CPU", precision)
+    model = Core().compile_model(_graph(folder), "CPU", precision)
     return _batched(lambda inputs: model(inputs)["sentence_embedding"], folder, texts)
+
+
+def _graph(folder: str) -> str:
+    return os.path.join(folder, "onnx", min(os.listdir(os.path.join(folder, "onnx"))))
 
 
 def _batched(run, folder: str, texts: list[str]) -> dict[str, np.ndarray]:
@@ -294,6 +297,21 @@ STACKS = {
 }
 
 
+def memory() -> int | None:
+    """The most that this process, or one that it started, ever held, in MB; on Linux.
+
+    Its own is not asked of `getrusage`, which begins with what the process held that started it.
+    """
+    import resource
+
+    try:
+        with open("/proc/self/status", encoding="utf-8") as file:
+            own = next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+    except OSError:
+        return None
+    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024 // 10**6
+
+
 def main() -> None:
     stack, package, folder, texts, output = sys.argv[1:]
     if importlib.util.find_spec("st_embfilter") is not None:
@@ -306,7 +324,7 @@ def main() -> None:
     found = [(one.metadata["Name"], one.version) for one in importlib.metadata.distributions()]
     installed = {name.lower().replace("_", "-"): number for name, number in found}
     versions = {name: installed[name] for name in packages if name in installed}
-    print(json.dumps({"stack": stack, "versions": versions, "parts": sorted(arrays)}))
+    print(json.dumps({"stack": stack, "versions": versions, "memory": memory()}))
 
 
 if __name__ == "__main__":

@@ -24,5 +24,8 @@ if (typeof process !== "undefined" && process.argv[1]?.endsWith("transformers_js
   library.env.localModelPath = path.dirname(folder);
   const given = JSON.parse(fs.readFileSync(texts, "utf-8"));
   const arrays = await embed(library, path.basename(folder), given, dtype);
-  fs.writeFileSync(output, JSON.stringify({ arrays, version: library.env.version }));
+  // The most that this process ever held, in MB; on Linux.
+  const status = fs.existsSync("/proc/self/status") && fs.readFileSync("/proc/self/status", "utf-8");
+  const memory = status ? Math.round((status.match(/VmHWM:\s*(\d+)/)[1] * 1024) / 1e6) : null;
+  fs.writeFileSync(output, JSON.stringify({ arrays, memory, version: library.env.version }));
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
@@ -32,7 +32,16 @@ LARGEST_FILE: Final = 2_000_000_000
 #: The newest opset of ONNX that onnxruntime-web, fastembed and transformers.js were tried with.
 OPSET: Final = 20
 
-_FLOAT, _FLOAT16, _INT8 = 1, 10, 3
+#: How many numbers of a column share a scale in 8 bits.
+BLOCK: Final = 32
+
+_FLOAT, _UINT8, _INT8, _FLOAT16 = 1, 2, 3, 10
+
+#: Domain of the operators that onnxruntime adds to those of ONNX.
+_CONTRIBUTED: Final = "com.microsoft"
+
+#: What is multiplied may be rounded to 8 bits too, with a scale for each block.
+_IN_8_BITS: Final = 4
 
 
 def libraries() -> None:
@@ -144,78 +153,132 @@ def quiet() -> Iterator[None]:
             logging.disable(before)
 
 
-def narrow_tables(model: Any, dtype: Dtype) -> None:
-    """Stores the tables that tokens are looked up in with 16 bits, or 8 and a scale for each row.
+def narrow(model: Any, dtype: Literal["float16", "int8"]) -> None:
+    """Stores all matrices with 16 bits, or with 8 and scales.
 
-    Only the rows of a text are ever widened.
+    Tables that tokens are looked up in stay narrow, with a scale for each row: only the rows of a
+    text are ever widened. Other matrices of 16 bits are widened when the graph is loaded; those of
+    8 are multiplied as they are, with a scale for every `BLOCK` numbers of a column.
     """
     for value in list(model.graph.initializers.values()):
-        uses = list(value.uses())
-        tensor = value.const_value
-        if tensor.dtype != _FLOAT or len(tensor.shape) != 2:
-            continue
-        if not uses or any(node.op_type != "Gather" or i != 0 for node, i in uses):
-            continue
-        name = value.name
-        if dtype == "float16":
-            narrow = _initializer(model, f"{name}_16", tensor, _FLOAT16, _as_float16)
-            for node, _ in uses:
-                _after(model, node, narrow, None)
-        else:
-            narrow = _initializer(model, f"{name}_8", tensor, _INT8, _as_int8)
-            scale = _initializer(model, f"{name}_scale", tensor, _FLOAT, _row_scale)
-            for node, _ in uses:
-                _after(model, node, narrow, scale)
-        del model.graph.initializers[name]
-
-
-def _after(model: Any, gather: Any, table: Any, scale: Any) -> None:
-    """Looks up in `table` what `gather` does, and widens it."""
-    import onnx_ir as ir
-
-    old = gather.outputs[0]
-    ids = gather.inputs[1]
-    found = ir.node("Gather", [table, ids], attributes={"axis": 0})
-    wide = ir.node("Cast", [found.outputs[0]], attributes={"to": _FLOAT})
-    nodes = [found, wide]
-    if scale is not None:
-        factor = ir.node("Gather", [scale, ids], attributes={"axis": 0})
-        nodes += [factor, ir.node("Mul", [wide.outputs[0], factor.outputs[0]])]
-    ir.convenience.replace_nodes_and_values(
-        model.graph, gather, [gather], nodes, [old], [nodes[-1].outputs[0]]
-    )
-
-
-def narrow_matrices(model: Any) -> None:
-    """Stores all other matrices with 16 bits; they are widened when the graph is loaded."""
-    import onnx_ir as ir
-
-    for value in list(model.graph.initializers.values()):
-        tensor = value.const_value
-        uses = list(value.uses())
+        tensor, uses = value.const_value, list(value.uses())
         if tensor.dtype != _FLOAT or len(tensor.shape) != 2 or not uses:
             continue
-        narrow = _initializer(model, f"{value.name}_16", tensor, _FLOAT16, _as_float16)
-        wide = ir.node("Cast", [narrow], attributes={"to": _FLOAT})
-        model.graph.insert_before(uses[0][0], wide)
-        ir.convenience.replace_all_uses_with(value, wide.outputs[0])
+        if all(node.op_type == "Gather" and i == 0 for node, i in uses):
+            _narrow_table(model, value, dtype)
+        elif dtype == "float16":
+            _widen_first(model, value)
+        elif not _multiply_in_blocks(model, value):
+            continue
         del model.graph.initializers[value.name]
     model.graph.sort()
 
 
+def _narrow_table(model: Any, table: Any, dtype: Dtype) -> None:
+    """Looks tokens up in a narrow table, and widens what was found."""
+    import onnx_ir as ir
+
+    name, tensor = table.name, table.const_value
+    if dtype == "float16":
+        narrow = _initializer(model, f"{name}_16", tensor, _FLOAT16, tensor.shape, _as_float16)
+        scale = None
+    else:
+        rows = (tensor.shape[0], 1)
+        narrow = _initializer(model, f"{name}_8", tensor, _INT8, tensor.shape, _as_int8)
+        scale = _initializer(model, f"{name}_scale", tensor, _FLOAT, rows, _row_scale)
+    for gather, _ in list(table.uses()):
+        ids = gather.inputs[1]
+        found = ir.node("Gather", [narrow, ids], attributes={"axis": 0})
+        wide = ir.node("Cast", [found.outputs[0]], attributes={"to": _FLOAT})
+        nodes = [found, wide]
+        if scale is not None:
+            factor = ir.node("Gather", [scale, ids], attributes={"axis": 0})
+            nodes += [factor, ir.node("Mul", [wide.outputs[0], factor.outputs[0]])]
+        _replace(model, gather, nodes)
+
+
+def _widen_first(model: Any, matrix: Any) -> None:
+    """Stores a matrix with 16 bits and widens it when the graph is loaded."""
+    import onnx_ir as ir
+
+    tensor = matrix.const_value
+    narrow = _initializer(model, f"{matrix.name}_16", tensor, _FLOAT16, tensor.shape, _as_float16)
+    wide = ir.node("Cast", [narrow], attributes={"to": _FLOAT})
+    model.graph.insert_before(matrix.uses()[0][0], wide)
+    ir.convenience.replace_all_uses_with(matrix, wide.outputs[0])
+
+
+def _multiply_in_blocks(model: Any, matrix: Any) -> bool:
+    """Multiplies by a matrix of 8 bits: `MatMulNBits`, an operator of onnxruntime.
+
+    Returns:
+        Whether it could; the graph is as it was if the matrix is used otherwise.
+    """
+    import onnx_ir as ir
+
+    found = {_turned(node, i) for node, i in matrix.uses()}
+    if len(found) != 1 or None in found:
+        return False
+    turned = found == {True}
+    name, tensor = matrix.name, matrix.const_value
+    outputs, inputs = tensor.shape if turned else reversed(tensor.shape)
+    shape = (outputs, -(-inputs // BLOCK), BLOCK)
+    codes = _initializer(
+        model, f"{name}_8", tensor, _UINT8, shape, lambda w: _codes(_blocks(w, turned))
+    )
+    scales = _initializer(
+        model, f"{name}_scale", tensor, _FLOAT, shape[:2], lambda w: _steps(_blocks(w, turned))
+    )
+    sizes = {"K": inputs, "N": outputs, "bits": 8, "block_size": BLOCK}
+    for node, _ in list(matrix.uses()):
+        bias = [None, None, node.inputs[2]] if len(node.inputs) > 2 else []
+        product = ir.node(
+            "MatMulNBits",
+            [node.inputs[0], codes, scales, *bias],
+            domain=_CONTRIBUTED,
+            attributes={**sizes, "accuracy_level": _IN_8_BITS},
+        )
+        _replace(model, node, [product])
+    model.graph.opset_imports[_CONTRIBUTED] = 1
+    return True
+
+
+def _turned(node: Any, place: int) -> bool | None:
+    """Whether a node multiplies by the transpose of its input; None if it does something else."""
+    if place != 1 or node.op_type not in ("MatMul", "Gemm"):
+        return None
+    numbers = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+    given = {name: attribute.value for name, attribute in node.attributes.items()}
+    if any(given.get(name, usual) != usual for name, usual in numbers.items()):
+        return None
+    return bool(given.get("transB", 0))
+
+
+def _replace(model: Any, old: Any, nodes: list[Any]) -> None:
+    """Puts nodes, of which the last gives the result, in the place of one."""
+    import onnx_ir as ir
+
+    ir.convenience.replace_nodes_and_values(
+        model.graph, old, [old], nodes, [old.outputs[0]], [nodes[-1].outputs[0]]
+    )
+
+
 def _initializer(
-    model: Any, name: str, tensor: Any, dtype: int, convert: Callable[[NDArray[Any]], NDArray[Any]]
+    model: Any,
+    name: str,
+    tensor: Any,
+    dtype: int,
+    shape: Sequence[int],
+    convert: Callable[[NDArray[Any]], NDArray[Any]],
 ) -> Any:
     """A new weight of the graph that is computed from another when it is written."""
     import onnx_ir as ir
 
-    rows, width = tensor.shape
-    shape = ir.Shape([rows, 1 if convert is _row_scale else width])
-    kind = ir.DataType(dtype)
+    kind, dims = ir.DataType(dtype), ir.Shape(shape)
     lazy = ir.LazyTensor(
-        lambda: ir.Tensor(convert(tensor.numpy())), dtype=kind, shape=shape, name=name
+        lambda: ir.Tensor(convert(tensor.numpy())), dtype=kind, shape=dims, name=name
     )
-    value = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=lazy)
+    value = ir.Value(name=name, shape=dims, type=ir.TensorType(kind), const_value=lazy)
     model.graph.initializers[name] = value
     return value
 
@@ -225,8 +288,8 @@ def _as_float16(table: NDArray[Any]) -> NDArray[Any]:
 
 
 def _row_scale(table: NDArray[Any]) -> NDArray[Any]:
-    """(rows, 1): the largest entry of a row is 127."""
-    scale = np.abs(table).max(axis=1, keepdims=True) / np.float32(127)
+    """(..., n) to (..., 1): the largest entry of a row is 127."""
+    scale = np.abs(table).max(axis=-1, keepdims=True) / np.float32(127)
     scale[scale == 0] = 1
     return np.asarray(scale, np.float32)
 
@@ -235,31 +298,21 @@ def _as_int8(table: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(np.rint(table / _row_scale(table)), np.int8)
 
 
-def quantized(graph: Any, place: Path) -> Any:
-    """The graph with all matrices in 8 bits, by the dynamic quantisation of onnxruntime.
+def _blocks(matrix: NDArray[Any], turned: bool) -> NDArray[Any]:
+    """(inputs, outputs), or turned, to (outputs, blocks, BLOCK), zeros behind the last input."""
+    rows = matrix if turned else matrix.T
+    short = -rows.shape[1] % BLOCK
+    return np.pad(rows, ((0, 0), (0, short))).reshape(len(rows), -1, BLOCK)
 
-    A scale for each column. Weights are unsigned: with signed ones, processors without VNNI
-    saturate.
 
-    Args:
-        graph: In float32.
-        place: A folder for what comes between, which must outlive the result.
-    """
-    import onnx_ir as ir
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+def _codes(blocks: NDArray[Any]) -> NDArray[Any]:
+    """Unsigned, 128 for zero, as `MatMulNBits` reads them."""
+    return np.asarray(np.rint(blocks / _row_scale(blocks)) + 128, np.uint8)
 
-    wide, narrow = place / "wide.onnx", place / "narrow.onnx"
-    ir.save(graph, wide, external_data=f"{wide.name}_data")
-    with quiet():
-        quantize_dynamic(
-            wide,
-            narrow,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            weight_type=QuantType.QUInt8,
-            use_external_data_format=True,
-        )
-    return ir.load(narrow)
+
+def _steps(blocks: NDArray[Any]) -> NDArray[Any]:
+    """(outputs, blocks)."""
+    return _row_scale(blocks)[..., 0]
 
 
 def write(model: Any, path: Path, metadata: Mapping[str, str]) -> list[Path]:

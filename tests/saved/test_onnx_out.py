@@ -121,7 +121,7 @@ def test_narrow_weights_lose_what_is_reported(
     assert (
         made.file == {"float16": "onnx/model_fp16.onnx", "int8": "onnx/model_quantized.onnx"}[dtype]
     )
-    batches = _batches(made.max_tokens)  # what the others need counts for the range of 8 bits
+    batches = _batches(made.max_tokens)
     found = np.concatenate([run(tmp_path / "out", made.file, batch) for batch in batches])
     expected = np.concatenate([model.encode(batch) for batch in batches])
     # Both sides are computed again, in float32; and of a vector of d, one number in 8 bits may fall
@@ -139,6 +139,66 @@ def test_narrow_weights_lose_what_is_reported(
     stored = sum(weight.nbytes for weight in weights(tmp_path / "out" / made.file))
     exact = sum(value.nelement() for value in model.state_dict().values())
     assert stored < exact * {"float16": 2, "int8": 1}[dtype] * 1.5
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("operator", "attributes"),
+    [("MatMul", {}), ("Gemm", {"transB": 1}), ("Gemm", {}), ("Gemm", {"alpha": 0.5})],
+)
+@pytest.mark.parametrize("inputs", [40, 64])
+def test_products_in_8_bits_err_by_half_a_step_of_each_block(
+    tmp_path: Path, operator: str, attributes: dict[str, Any], inputs: int
+) -> None:
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+    from onnx_ir import from_proto
+
+    draw = np.random.default_rng(inputs)
+    w = draw.standard_normal((inputs, 24)).astype(np.float32)
+    x = draw.standard_normal((3, inputs)).astype(np.float32)
+    x[:, 1] *= 1000  # as the few large entries of a language model
+    bias = draw.standard_normal(24).astype(np.float32)
+    held = {"w": w.T.copy() if attributes.get("transB") else w, "bias": bias}
+    names = ["x", "w"] if operator == "MatMul" else ["x", "w", "bias"]
+    graph = helper.make_graph(
+        [helper.make_node(operator, names, ["y"], **attributes)],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", inputs])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 24])],
+        [numpy_helper.from_array(held[name], name) for name in names[1:]],
+    )
+    opset = [helper.make_opsetid("", 20)]
+    model = from_proto(helper.make_model(graph, opset_imports=opset, ir_version=10))
+    onnx_graph.narrow(model, "int8")
+    onnx_graph.write(model, tmp_path / "out.onnx", {})
+    found = onnxruntime.InferenceSession(tmp_path / "out.onnx").run(None, {"x": x})[0]
+    expected = x.astype(np.float64) @ w * attributes.get("alpha", 1) + bias * (operator == "Gemm")
+    kinds = {weight.dtype for weight in weights(tmp_path / "out.onnx") if weight.ndim > 1}
+    if "alpha" in attributes:  # no operator of 8 bits has that
+        assert kinds == {np.dtype(np.float32)}
+        assert np.abs(found - expected).max() < 2**-24 * inputs * np.abs(x).max() * np.abs(w).max()
+        return
+    assert np.dtype(np.uint8) in kinds
+    error = np.zeros_like(expected)
+    for start in range(0, inputs, 32):
+        a, b = np.abs(x[:, start : start + 32]), np.abs(w[start : start + 32])
+        half = a.max(1, keepdims=True) / 254, b.max(0, keepdims=True) / 254
+        error += a.sum(1, keepdims=True) * half[1] + half[0] * b.sum(0, keepdims=True)
+        error += len(b) * half[0] * half[1]
+    assert (np.abs(found - expected) <= 1.001 * error).all()
+    assert np.abs(found - expected).max() > 0
+
+
+@needs_onnx
+def test_all_matrices_of_a_model_have_8_bits(make_lm: MakeLM, tmp_path: Path) -> None:
+    for family in ("gpt2", "qwen3"):  # GPT-2 has layers of its own, with biases
+        model = built(make_lm, family, dtype="float32")
+        made = st_embfilter.export_onnx(model, tmp_path / family, dtype="int8")
+        stored = weights(tmp_path / family / made.file)
+        wide = [one for one in stored if one.ndim == 2 and one.dtype == np.float32]
+        codes = sum(one.size for one in stored if one.itemsize == 1 and one.ndim > 1)
+        assert 0 < sum(one.size for one in wide) < codes / 16  # scales
 
 
 def weights(file: Path) -> list[np.ndarray]:

