@@ -134,6 +134,10 @@ def in_node(environment: Path, folder: Path, texts: Path, dtype: str) -> dict[st
     return found
 
 
+#: Seconds after which a page is given up: a guard against a hang, however slow the machine.
+PATIENCE: Final = 1800
+
+
 def in_browser(environment: Path, folder: Path, texts: Path, dtype: str) -> dict[str, Any]:
     """Embeddings in headless Chromium, by WebAssembly, from a page of static files."""
     vendor(environment)
@@ -145,18 +149,15 @@ def in_browser(environment: Path, folder: Path, texts: Path, dtype: str) -> dict
         (root / "model").symlink_to(folder.absolute())
         shutil.copyfile(texts, root / "texts.json")
         shutil.copyfile(SCRIPT, root / SCRIPT.name)
-        return visit(root, "index.html", timeout=300)
+        return visit(root, "index.html")
 
 
-def visit(
-    root: Path, page: str, *, timeout: float, tail: str = "", picture: Path | None = None
-) -> dict[str, Any]:
+def visit(root: Path, page: str, *, tail: str = "", picture: Path | None = None) -> dict[str, Any]:
     """Opens a page in headless Chromium until it posts JSON to `./result`.
 
     Args:
         root: Folder of static files, as `python -m http.server` serves them.
         page: Path in it, with its query.
-        timeout: Seconds after which it is an error.
         tail: HTML that is put behind the page, to act in it.
         picture: PNG to write of the page after that.
 
@@ -180,7 +181,7 @@ def visit(
         def do_GET(self) -> None:
             path = Path(self.translate_path(self.path))
             if path.name == "posted":
-                posted.wait(timeout)
+                posted.wait(PATIENCE)
                 self._answer(204, b"")
             elif tail and path.name == page.partition("?")[0]:
                 self._answer(200, path.read_bytes() + tail.encode())
@@ -202,10 +203,10 @@ def visit(
         waited = 0.0
         while not posted.wait(0.5):
             waited += 0.5
-            if browser.poll() is not None or waited > timeout:
+            if browser.poll() is not None or waited > PATIENCE:
                 raise JavaScriptError(f"the page must post a result, got none in {waited:.0f} s")
         if picture is not None:
-            browser.wait(timeout)
+            browser.wait(PATIENCE)
     if "error" in results[0]:
         raise JavaScriptError(results[0]["error"].splitlines()[0])
     return results[0]

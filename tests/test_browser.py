@@ -41,7 +41,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_typed_is_searched_raw_and_filtered(page: Path, tmp_path: Path) -> None:
     picture = tmp_path / "page.png"
-    shown = visit(page, "index.html", timeout=300, tail=typing(QUERY), picture=picture)
+    shown = visit(page, "index.html", tail=typing(QUERY), picture=picture)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     texts = json.loads((page / "texts.json").read_text())["texts"]
     assert len(texts) == 660
@@ -62,7 +62,7 @@ def test_a_missing_model_is_said(page: Path, tmp_path: Path) -> None:
     for name in ("index.html", "vendor"):
         (tmp_path / name).symlink_to(page / name)
     with pytest.raises(JavaScriptError, match="is not valid JSON"):
-        visit(tmp_path, "index.html", timeout=300, tail=typing(QUERY))
+        visit(tmp_path, "index.html", tail=typing(QUERY))
 
 
 def test_everything_that_the_page_loads_lies_beside_it() -> None:

@@ -84,7 +84,7 @@ def main() -> None:
     made = prepare(arguments.output, model, title)
     print(f"{made.file}: {made.dimensions} numbers, lowest cosine to torch {made.cosine:.5f}")
     if arguments.picture is not None:
-        options = {"timeout": 300, "tail": typing(QUERY), "picture": arguments.picture}
+        options = {"tail": typing(QUERY), "picture": arguments.picture}
         visit(arguments.output, "index.html", **options)
     print(f"python -m http.server --directory {arguments.output}")
 
