@@ -38,6 +38,11 @@ def attacks(*names: str) -> tuple[str, ...]:
     return tuple(f"{VERIFY}::test_attacks_fail_without_a_rebuild[{name}]" for name in names)
 
 
+def forged(*names: str) -> tuple[str, ...]:
+    """Tests of forged baked models of these names."""
+    return tuple(f"saved/test_verify_folded.py::test_forged_weights[{name}]" for name in names)
+
+
 def hostile(*names: str) -> tuple[str, ...]:
     """Tests of the hostile inputs of these names."""
     return tuple(f"test_hostile.py::test_hostile[{name}]" for name in names)
@@ -180,15 +185,15 @@ GUARDS = (
     ),
     _guard(
         "only pipelines of ours",
-        "saved/verify.py",
-        "self.code = layout.plugin_files(modules)",
-        "self.code = ()",
+        "saved/file_checks.py",
+        "code = layout.plugin_files(document(files, MODULES_FILE, list))",
+        "code = ()",
         *attacks("another backbone", "an extra LayerNorm", "no Pooling", "an unknown class"),
     ),
     _guard(
         "nothing else in the configuration of the first module",
-        "saved/verify.py",
-        "layout.check_transformer_config(self._json(layout.TRANSFORMER_CONFIG))",
+        "saved/file_checks.py",
+        "layout.check_transformer_config(document(files, layout.TRANSFORMER_CONFIG))",
         "pass",
         *attacks("arguments of transformers"),
     ),
@@ -208,9 +213,9 @@ GUARDS = (
     ),
     _guard(
         "code in a folder is ours, byte for byte",
-        "saved/verify.py",
-        "if code != ours and not known:",
-        "if not code:",
+        "saved/file_checks.py",
+        "if found != ours and not known:",
+        "if not found:",
         f"{VERIFY}::test_every_recipe_that_is_saved",
     ),
     _guard(
@@ -219,6 +224,64 @@ GUARDS = (
         "if self.code and not self.source.trust_remote_code:",
         "if False:",
         f"{VERIFY}::test_edited_code_never_runs_without_trust",
+    ),
+    _guard(
+        "nothing else is called on the backbone",
+        "saved/layout.py",
+        "if called not in (TEXT_ONLY, MESSAGES):",
+        "if False:",
+        *attacks("another method of the backbone"),
+    ),
+    _guard(
+        "the settings of sentence-transformers are ours",
+        "saved/file_checks.py",
+        "prompt = layout.check_model_config(document(files, layout.MODEL_CONFIG))",
+        'prompt = ""',
+        *attacks(
+            "prompts that are no texts", "a prompt that is not there", "another kind of model"
+        ),
+    ),
+    _guard(
+        "the weights that load are those that are checked",
+        "saved/file_checks.py",
+        "    if OTHER_WEIGHTS in config:",
+        "    if False:",
+        *attacks("other weights"),
+    ),
+    _guard(
+        "the weights that load are those that a filter is made of",
+        "unembedding/source.py",
+        "if getattr(config, OTHER_WEIGHTS, None) is not None:",
+        "if False:",
+        *hostile("weights in another file"),
+    ),
+    _guard(
+        "a baked model has no adapter",
+        "saved/baked_checks.py",
+        'return check_surroundings(files, "as export writes them")',
+        'return True, "as export writes them"',
+        *forged("an adapter of itself", "other weights", "code of its own"),
+    ),
+    _guard(
+        "a baked model has the configuration of its language model",
+        "saved/baked_checks.py",
+        "if key not in _EXPORTED and mine != theirs:",
+        "if False:",
+        *forged("an activation", "heads", "a base of RoPE"),
+    ),
+    _guard(
+        "a baked model has the tokenizer of its language model",
+        "saved/baked_checks.py",
+        "    if differ:",
+        "    if False:",
+        *forged("two words"),
+    ),
+    _guard(
+        "pipes are not read",
+        "model/backbone.py",
+        "for file in filter(Path.is_file, sorted(folder.glob(",
+        "for file in iter(sorted(folder.glob(",
+        "saved/test_links.py::test_a_pipe_in_the_source_is_not_opened",
     ),
     # The filter is that of the matrix.
     _guard(
@@ -341,9 +404,9 @@ GUARDS = (
     ),
     _guard(
         "odd numbers in the config: verify",
-        "saved/verify.py",
-        "        if odd is not None:",
-        "        if False:",
+        "saved/file_checks.py",
+        "    if odd is not None:",
+        "    if False:",
         *attacks("an epsilon of 10^9", "an epsilon of NaN"),
     ),
     # Links.
@@ -592,6 +655,7 @@ GUARDS = (
             new,
             "saved/test_card.py::test_names_of_strangers_cannot_break_the_card",
             "test_text.py::test_code_stays_in_its_line_and_its_cell",
+            "test_text.py::test_a_strangers_words_make_nothing_of_their_own_in_markdown",
         )
         for what, old, new in (
             ("code", "    line = shown(text, limit=100_000)", "    line = str(text)"),

@@ -641,6 +641,11 @@ CHECKPOINTS = [
         "unknown activation", document("config.json", put("hidden_act", value="evil")), "must|needs"
     ),
     Hostile("code in the config", remote_code, "must describe a model"),
+    Hostile(
+        "weights in another file",
+        document("config.json", put("transformers_weights", value=WEIGHTS)),
+        "must leave the weights in their usual files",
+    ),
     # The tokenizer.
     Hostile(
         "no tokenizer",

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 import st_embfilter
 from st_embfilter.errors import DataError, FormatError
-from st_embfilter.text import MAX_JSON_DEPTH, cell, code, fence, first_line, read_json, shown
+from st_embfilter.text import (
+    MAX_JSON_DEPTH,
+    cell,
+    code,
+    fence,
+    first_line,
+    inline,
+    literal,
+    read_json,
+    shown,
+)
 
 REFUSED = [
     ("", "must be JSON"),
@@ -125,6 +135,12 @@ def test_first_line_of_an_error():
     assert first_line(ValueError("\n one.\n two")) == "one"
     assert first_line(KeyError()) == "KeyError"
     assert first_line(ValueError("\x1b]0;title\x07")) == r"\x1b]0;title\x07"
+
+
+def test_a_strangers_words_make_nothing_of_their_own_in_markdown():
+    evil = "<img src=x>|[a](b)`c`&lt;\n# d\x1b[2J"
+    assert inline(evil) == (r"\<img src=x\>\|\[a\](b)\`c\`\&lt;\\n# d\\x1b\[2J")
+    assert literal("*a*  _b_ $c$ ~d~ " + evil).startswith(r"\*a\* \_b\_ \$c\$ \~d\~ \<img")
 
 
 @pytest.mark.parametrize("text", ["a`b", "``", "`", "a|b", "x\ny", "<b>", "\x1b"])

@@ -283,7 +283,7 @@ def is_unchanged(model: nn.Module, folder: Path) -> bool:
     live = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     compared = 0
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in filter(Path.is_file, sorted(folder.glob("*.safetensors"))):
         try:
             with safe_open(file, framework="pt") as stored:
                 for key in stored.keys():  # noqa: SIM118 - no mapping

@@ -31,7 +31,7 @@ from st_embfilter.model.tokenizer import (
 )
 
 #: The exact encoding goes through a chat template; `flat` hands it the text as it is.
-_MESSAGES: Final[dict[str, Any]] = {
+MESSAGES: Final[dict[str, Any]] = {
     **TEXT_ONLY,
     "message": {**TEXT_ONLY["text"], "format": "flat"},
 }
@@ -83,7 +83,7 @@ class Recipe(ABC):
     @property
     def modality_config(self) -> dict[str, Any]:
         """What the first module calls on the backbone: plain text, or messages."""
-        return _MESSAGES if self.encoding == "exact" else TEXT_ONLY
+        return MESSAGES if self.encoding == "exact" else TEXT_ONLY
 
     def apply(self, backbone: Transformer, pooling: str | None = None) -> Pooling:
         """Puts every text of a backbone into the prompt.

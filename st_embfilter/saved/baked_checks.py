@@ -7,27 +7,37 @@ model: every tensor, rotated anew.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from st_embfilter.errors import FormatError
 from st_embfilter.files.folder import ModelFiles
 from st_embfilter.files.tensors import open_checkpoint
 from st_embfilter.model.baked import rotation_of, rotation_order
+from st_embfilter.model.depth import config_changes, text_config
 from st_embfilter.model.metadata import BAKED_FILE, FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.saved import layout
 from st_embfilter.saved.baked_folder import Job, baked_tensors
 from st_embfilter.saved.checks import FLOAT32, turn_bounds
+from st_embfilter.saved.file_checks import check_surroundings, document
 from st_embfilter.spectrum.spectrum import Spectrum
-from st_embfilter.text import read_json, shown
+from st_embfilter.text import reading, shown
 from st_embfilter.unembedding.head import meta_model, stored_name
 from st_embfilter.unembedding.matrix import Unembedding
 from st_embfilter.unembedding.residual import residual_of
 from st_embfilter.unembedding.source import Source
+
+#: Keys of a configuration that export changes, and those that say where it came from.
+_EXPORTED: Final = frozenset(
+    {"tie_word_embeddings", "is_matryoshka", "dtype", "torch_dtype", "_name_or_path"}
+    | {"architectures", "transformers_version"}
+)
 
 #: How many times its root mean square the largest of up to 10^8 rounding errors may be.
 _LARGEST: Final = 8.0
@@ -53,14 +63,10 @@ def check_baked_modules(files: ModelFiles, d: int) -> tuple[bool, str]:
     Raises:
         FormatError: If a file is missing or says something else.
     """
-
-    def read(name: str, kind: Any = dict) -> Any:
-        path = files.path(name)
-        if path is None:
-            raise FormatError(f"a baked model must hold {name}, got none")
-        return read_json(path.read_bytes(), name, FormatError, kind, infinity=True)
-
-    found = [{k: v for k, v in one.items() if k != "idx"} for one in read(MODULES_FILE, list)]
+    found = [
+        {k: v for k, v in one.items() if k != "idx"} if isinstance(one, dict) else one
+        for one in document(files, MODULES_FILE, list)
+    ]
     whole = layout.modules_document("Transformer", "Pooling", normalize=True)
     wanted = [
         {"name": str(i), "path": one["path"], "type": one["type"]}
@@ -68,12 +74,61 @@ def check_baked_modules(files: ModelFiles, d: int) -> tuple[bool, str]:
     ]
     if found not in (wanted, wanted[:2]):
         return False, f"{MODULES_FILE} must hold Transformer > Pooling [> Normalize], got another"
-    layout.check_transformer_config(read(layout.TRANSFORMER_CONFIG))
-    layout.check_pooling_config(read(layout.POOLING_CONFIG), d)
-    config = read(layout.BACKBONE_CONFIG)
+    layout.check_transformer_config(document(files, layout.TRANSFORMER_CONFIG))
+    layout.check_pooling_config(document(files, layout.POOLING_CONFIG), d)
+    config = document(files, layout.BACKBONE_CONFIG, infinity=True)
     if config.get("is_matryoshka") is not True or config.get("tie_word_embeddings") is not False:
         return False, "config.json must say is_matryoshka and untied embeddings"
-    return True, "as export writes them"
+    return check_surroundings(files, "as export writes them")
+
+
+def check_config(source: Source, base: Source, metadata: FilterMetadata) -> tuple[bool, str]:
+    """The configuration must be that of the language model, but for what export changes in it.
+
+    Of the same tensors another activation, another number of heads, or another base of RoPE makes
+    another model.
+
+    Args:
+        source: The folder.
+        base: The language model.
+        metadata: Of the filter that was baked.
+
+    Raises:
+        EmbedFilterError: If a config cannot be read, or has other blocks than the metadata say.
+    """
+    config = base.config()
+    found, expected = source.config().to_dict(), config.to_dict()
+    if metadata.depth is not None:
+        expected |= config_changes(text_config(config), metadata.depth.layers)
+    for key in sorted(set(found) | set(expected)):
+        mine, theirs = found.get(key), expected.get(key)
+        if key not in _EXPORTED and mine != theirs:
+            told = f"config.json: {key} is {mine!r:.60}, that of the language model {theirs!r:.60}"
+            return False, shown(told)
+    return True, "that of the language model"
+
+
+def check_tokenizer(source: Source, base: Source, metadata: FilterMetadata) -> tuple[bool, str]:
+    """The tokenizer must be that of the language model, but for a prompt that it puts around texts.
+
+    Raises:
+        FormatError: If one of the two cannot be loaded.
+    """
+    parts = []
+    for one in (source, base):
+        with reading(f"the tokenizer of {one.name}", FormatError):
+            loaded = AutoTokenizer.from_pretrained(one.name, **one.for_transformers())
+            content = json.loads(loaded.backend_tokenizer.to_str())
+        left_out = ("padding", "truncation") + (
+            ("post_processor",) if metadata.prompt is not None else ()
+        )
+        parts.append({key: value for key, value in content.items() if key not in left_out})
+    differ = [key for key in parts[0] if parts[0][key] != parts[1].get(key)]
+    if differ:
+        return False, f"its {differ[0]} is not that of the language model"
+    return True, "that of the language model" + (
+        "" if metadata.prompt is None else ", and a prompt"
+    )
 
 
 def check_gains(source: Source) -> tuple[bool, str]:

@@ -121,7 +121,7 @@ def state_dtype(folder: Path, dtype: torch.dtype) -> None:
 
 
 def _shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("model*.safetensors"))
+    return sorted(filter(Path.is_file, folder.glob("model*.safetensors")))
 
 
 def _raw(file: Path) -> dict[str, RawTensor]:

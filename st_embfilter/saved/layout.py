@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from sentence_transformers import SimilarityFunction
 from sentence_transformers.sentence_transformer.modules import Transformer
 
 from st_embfilter.errors import FormatError
 from st_embfilter.files.tensors import SAFETENSORS_FILE
+from st_embfilter.model.backbone import TEXT_ONLY
 from st_embfilter.model.metadata import METADATA_FILE, SPECTRUM_FILE
 from st_embfilter.model.modules_file import MODULES_FILE
-from st_embfilter.model.prompts import RECIPES
+from st_embfilter.model.prompts import MESSAGES, RECIPES
 
 CARD_FILE: Final = "README.md"
 RESULTS_FILE: Final = "results.jsonl"
@@ -141,6 +143,44 @@ def check_transformer_config(config: Mapping[str, Any]) -> None:
     check_length(config)
     if config.get("module_output_name", "token_embeddings") != "token_embeddings":
         raise FormatError(f"{TRANSFORMER_CONFIG}: module_output_name must be 'token_embeddings'")
+    called = config.get("modality_config", TEXT_ONLY)
+    if called not in (TEXT_ONLY, MESSAGES):
+        raise FormatError(
+            f"{TRANSFORMER_CONFIG}: modality_config must be one that save_pretrained writes, got "
+            f"{called!r:.80}; it says what is called on the backbone"
+        )
+    if type(config.get("do_lower_case", False)) is not bool:
+        raise FormatError(f"{TRANSFORMER_CONFIG}: do_lower_case must be true or false")
+
+
+def check_model_config(config: Mapping[str, Any]) -> str:
+    """Checks what `config_sentence_transformers.json` says.
+
+    Returns:
+        The prompt that sentence-transformers puts before every text; mostly none, "".
+
+    Raises:
+        FormatError: For a key that is never written, or a value that cannot be.
+    """
+    known = {"prompts", "default_prompt_name", "similarity_fn_name", "requirements"}
+    _check_keys(MODEL_CONFIG, config, known)
+    prompts, name = config.get("prompts", {}), config.get("default_prompt_name")
+    needed = config.get("requirements", {})
+    for what, value in (("prompts", prompts), ("requirements", needed)):
+        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+            raise FormatError(f"{MODEL_CONFIG}: {what} must be texts by name, got {value!r:.80}")
+    if name is not None and (not isinstance(name, str) or name not in prompts):
+        raise FormatError(
+            f"{MODEL_CONFIG}: default_prompt_name must be null or among prompts, got {name!r:.80}"
+        )
+    similarity = config.get("similarity_fn_name")
+    if similarity is not None and similarity not in SimilarityFunction.possible_values():
+        raise FormatError(
+            f"{MODEL_CONFIG}: similarity_fn_name must be one of "
+            f"{', '.join(SimilarityFunction.possible_values())}, got {similarity!r:.80}"
+        )
+    prompt: str = "" if name is None else prompts[name]
+    return prompt
 
 
 def check_length(config: Mapping[str, Any]) -> None:
@@ -177,6 +217,7 @@ def check_pooling_config(config: Mapping[str, Any], d: int) -> None:
         config.get("word_embedding_dimension") != d
         or any(type(mode) is not bool for mode in modes)
         or sum(modes) != 1
+        or type(config.get("include_prompt", True)) is not bool
     ):
         raise FormatError(
             f"{POOLING_CONFIG}: must name one mode and the width {d}, got {dict(config)!r:.200}"

@@ -20,7 +20,7 @@ from st_embfilter.model.modules_file import (
     filter_module,
     parse_modules,
 )
-from st_embfilter.model.pipeline import replace_module
+from st_embfilter.model.pipeline import names, replace_module
 from st_embfilter.model.static import set_static_metadata
 from st_embfilter.model.whole import check_finite, loaded_whole
 from st_embfilter.saved.layout import TRANSFORMER_CONFIG, check_length
@@ -83,7 +83,12 @@ def load(
         measured(backbone)  # not where another runtime has the backbone
     if filter_of(model) is not None:
         return model
-    dense = next(module for module in model.children() if isinstance(module, Dense))
+    dense = next((module for module in model.children() if isinstance(module, Dense)), None)
+    if dense is None:
+        raise FormatError(
+            "a filtered model must load with its Dense module, got "
+            f"{names(model.children())} from {source.name}; its files were edited"
+        )
     replace_module(model, dense, layer)
     return model
 

@@ -20,11 +20,13 @@ from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.static import token_embeddings
+from st_embfilter.saved import layout
 from st_embfilter.saved.checks import FLOAT32, turn_bounds
+from st_embfilter.saved.file_checks import document
 from st_embfilter.saved.layout import STATIC_FOLDER, TABLE
 from st_embfilter.saved.static import static_modules
 from st_embfilter.spectrum.spectrum import Spectrum
-from st_embfilter.text import read_json, reading
+from st_embfilter.text import read_json, reading, shown
 from st_embfilter.unembedding.source import Source
 
 #: Rows of the table that are compared at a time.
@@ -46,7 +48,9 @@ def check_static_modules(files: ModelFiles) -> tuple[bool, str]:
     modules = read_json(path.read_bytes(), MODULES_FILE, FormatError, list)
     if modules not in (static_modules(normalize=False), static_modules(normalize=True)):
         return False, f"{MODULES_FILE} must hold StaticEmbedding [> Normalize], got another one"
-    return True, "as save_pretrained writes them"
+    prompt = layout.check_model_config(document(files, layout.MODEL_CONFIG))
+    with_prompt = f"; {shown(repr(prompt))} goes before every text" if prompt else ""
+    return True, f"as save_pretrained writes them{with_prompt}"
 
 
 def states_of(base: Source, metadata: FilterMetadata) -> tuple[Tensor, Tokenizer]:

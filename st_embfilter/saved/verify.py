@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from st_embfilter.errors import EmbedFilterError, FormatError, HubError
 from st_embfilter.files.folder import ModelFiles, links_out
-from st_embfilter.model import echo_pooling
 from st_embfilter.model.calibrate import calibrate_filter, generic_texts
 from st_embfilter.model.depth import text_config
 from st_embfilter.model.find import find_filter
@@ -22,7 +20,7 @@ from st_embfilter.model.layer import EmbedFilterLayer, read_filter
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.sampling import sample_texts
-from st_embfilter.saved import baked_checks, checks, layout, static_checks
+from st_embfilter.saved import baked_checks, checks, file_checks, layout, static_checks
 from st_embfilter.saved.card_rules import check_card, stated_base
 from st_embfilter.saved.checks import Check, attempt, measured_spectrum
 from st_embfilter.saved.load import load, read_saved
@@ -31,7 +29,7 @@ from st_embfilter.saved.static import check_table
 from st_embfilter.spectrum.gram import Precision
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.spectrum.whitening import different_texts, texts_hash
-from st_embfilter.text import first_line, read_json, shown
+from st_embfilter.text import first_line, shown
 from st_embfilter.unembedding.matrix import Unembedding
 from st_embfilter.unembedding.source import Source
 
@@ -209,6 +207,8 @@ class _Job:
             yield Check("rows", None, "the base model was not downloaded; with --rebuild it is")
             return
         matrix, origin = spectrum, base
+        yield attempt("config", lambda: baked_checks.check_config(own, origin, metadata))
+        yield attempt("tokenizer", lambda: baked_checks.check_tokenizer(own, origin, metadata))
         yield attempt("rows", lambda: baked_checks.check_weights(own, origin, matrix, metadata))
 
     def _source_matrix(
@@ -268,33 +268,8 @@ class _Job:
         return True, "none leads out of the folder"
 
     def _modules(self, layer: EmbedFilterLayer) -> tuple[bool | None, str]:
-        modules = self._json(MODULES_FILE, list)
-        self.code = layout.plugin_files(modules)
-        for file in self.code:
-            path = self.files.path(file)
-            ours = Path(echo_pooling.__file__).with_name(file).read_bytes()
-            code = b"" if path is None else path.read_bytes()
-            known = (file, hashlib.sha256(code).hexdigest()) in layout.EARLIER_CODE
-            if code != ours and not known:
-                return False, f"{file} is not the code of this package, byte for byte; read it"
-        layout.check_transformer_config(self._json(layout.TRANSFORMER_CONFIG))
-        if "echo_pooling.py" not in self.code:
-            layout.check_pooling_config(self._json(layout.POOLING_CONFIG), layer.in_features)
-        for file in ("adapter_config.json", "2_Dense/pytorch_model.bin"):
-            if self.files.path(file) is not None:
-                return False, f"{file} changes what other libraries load; it must not be there"
-        config = self._json("config.json", infinity=True)
-        odd = next(checks.odd_numbers(config), None)
-        if odd is not None:
-            return False, f"config.json: {shown(odd)}"
-        if "auto_map" in config:
-            return (
-                None,
-                "the backbone has code of its own (trust_remote_code); read it",
-            )
-        return True, "as save_pretrained writes them" + (
-            f", with {', '.join(self.code)} of this package" if self.code else ""
-        )
+        found, self.code = file_checks.check_modules(self.files, layer.in_features)
+        return found
 
     def _layout(self, prompted: bool) -> tuple[bool, str]:
         """Never a failure: an older folder holds the same model."""
@@ -303,12 +278,6 @@ class _Job:
             return True, "for every runtime"
         told = "; ".join(changes)
         return True, f"of an older version: {told}; st_embfilter.load and save it anew"
-
-    def _json(self, file: str, kind: Any = dict, *, infinity: bool = False) -> Any:
-        path = self.files.path(file)
-        if path is None:
-            raise FormatError(f"a saved model must hold {file}, got none")
-        return read_json(path.read_bytes(), file, FormatError, kind, infinity=infinity)
 
     def _card(self, metadata: FilterMetadata) -> tuple[bool, str]:
         path = self.files.path(layout.CARD_FILE)

@@ -32,6 +32,9 @@ from st_embfilter.unembedding.residual import check_gain, final_norm
 
 CONFIG_FILE: Final = "config.json"
 
+#: With this key of a config, transformers reads the weights from another file than all others do.
+OTHER_WEIGHTS: Final = "transformers_weights"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -196,6 +199,11 @@ class Source:
                 f"{CONFIG_FILE} in {self.files.where} must describe a model that transformers "
                 f"knows, got: {reason_of(error)}"
             ) from error
+        if getattr(config, OTHER_WEIGHTS, None) is not None:
+            raise UnembeddingError(
+                f"{CONFIG_FILE} in {self.files.where} must leave the weights in their usual files, "
+                f"got {OTHER_WEIGHTS}; rename that file and remove the key"
+            )
         return config
 
     def base(self, adapter: Adapter) -> Source:

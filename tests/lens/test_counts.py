@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from st_embfilter.errors import CorpusError, FormatError, ProvenanceError, ShapeError
 from st_embfilter.lens.counts import Sampler, TokenCounts, count_tokens, read_texts
@@ -113,6 +114,12 @@ def test_damaged_counts_are_refused(tmp_path: Path) -> None:
     broken.save(file)
     with pytest.raises(FormatError, match="must be >= 0, got -4"):
         TokenCounts.load(file)
+    tensors = {"ids": torch.tensor([1], dtype=torch.int32), "counts": torch.tensor([1])}
+    for key, value in (("size", 10**30), ("size", 0), ("size", -1), ("texts", 10**30)):
+        about = {"size": "20", "texts": "3", "vocabulary": "0" * 64} | {key: str(value)}
+        save_file(tensors, file, metadata=about)
+        with pytest.raises(FormatError, match=r"must speak of 1 to .* tokens"):
+            TokenCounts.load(file)
 
 
 def test_an_empty_corpus_is_an_error() -> None:

@@ -95,6 +95,16 @@ def test_a_link_in_the_source_is_not_copied(
     assert not (tmp_path / "saved").exists()
 
 
+def test_a_pipe_in_the_source_is_not_opened(make_lm: MakeLM, tmp_path: Path) -> None:
+    """It would wait for a writer for ever."""
+    folder, _ = make_lm()
+    os.mkfifo(folder / "z.safetensors")
+    os.mkfifo(folder / "LICENSE")
+    model = st_embfilter.from_causal_lm(folder, device="cpu", show_progress_bar=False)
+    saved = st_embfilter.save_pretrained(model, tmp_path / "saved")
+    assert {path.name for path in saved.iterdir()}.isdisjoint({"z.safetensors", "LICENSE"})
+
+
 def test_a_link_within_the_folder_stays(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(pushing, "upload", lambda folder, repo, **options: seen.append(repo))

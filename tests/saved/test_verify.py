@@ -319,7 +319,39 @@ def linked_folder(folder: Path) -> None:
     (folder / "docs").symlink_to(folder.parent)
 
 
+def other_weights(folder: Path) -> None:
+    """transformers reads the weights that the config names; all others read model.safetensors."""
+    weights = load_file(folder / "model.safetensors")
+    changed = {name: value * (1.5 if "mlp" in name else 1.0) for name, value in weights.items()}
+    save_file(changed, folder / "other.safetensors", metadata={"format": "pt"})
+    edit(folder / "config.json", lambda d: d.update(transformers_weights="other.safetensors"))
+
+
+MODEL_CONFIG = "config_sentence_transformers.json"
+CALLED = {"method": "get_input_embeddings", "method_output_name": "last_hidden_state"}
+
+
 ATTACKS: dict[str, tuple[Attack, str]] = {
+    "other weights": (other_weights, "modules"),
+    "another method of the backbone": (
+        config("sentence_bert_config.json", modality_config={"text": CALLED}),
+        "modules",
+    ),
+    "another output of the backbone": (
+        config("sentence_bert_config.json", module_output_name="sentence_embedding"),
+        "modules",
+    ),
+    "lower case in words": (config("sentence_bert_config.json", do_lower_case="yes"), "modules"),
+    "pooling of a prompt in words": (
+        config("1_Pooling/config.json", include_prompt="no"),
+        "modules",
+    ),
+    "prompts that are no texts": (config(MODEL_CONFIG, prompts={"query": 5}), "modules"),
+    "prompts in a list": (config(MODEL_CONFIG, prompts=["query"]), "modules"),
+    "a prompt that is not there": (config(MODEL_CONFIG, default_prompt_name="x"), "modules"),
+    "an unknown similarity": (config(MODEL_CONFIG, similarity_fn_name="evil"), "modules"),
+    "requirements in a list": (config(MODEL_CONFIG, requirements=[{}]), "modules"),
+    "another kind of model": (config(MODEL_CONFIG, model_type="SparseEncoder"), "modules"),
     "another Dense": (evil_dense, "files"),
     "another backbone": (evil_backbone, "modules"),
     "an extra Normalize": (module("Normalize", 2), "files"),
@@ -386,6 +418,13 @@ def test_attacks_fail_without_a_rebuild(copy: Path, name: str) -> None:
     attack(copy)
     found = results(copy, rebuild=False)
     assert found[check] is False, found
+
+
+def test_a_prompt_before_every_text_is_told(copy: Path) -> None:
+    config(MODEL_CONFIG, prompts={"q": "find: "}, default_prompt_name="q")(copy)
+    found = {check.name: check for check in verify(copy)}
+    assert found["modules"].passed is True
+    assert "'find: ' goes before every text" in found["modules"].detail
 
 
 def test_what_is_absent_is_unproven(copy: Path) -> None:

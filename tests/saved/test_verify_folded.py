@@ -192,7 +192,54 @@ def mixed(head: torch.Tensor) -> torch.Tensor:
     return head @ turn
 
 
+def adapter_of_itself(folder: Path) -> None:
+    """transformers finds it beside the weights, and loads it with them."""
+    about = {"base_model_name_or_path": str(folder), "peft_type": "LORA", "r": 2, "lora_alpha": 8}
+    about |= {"target_modules": ["q_proj"], "task_type": "FEATURE_EXTRACTION"}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    weights = {}
+    for block in range(2):
+        name = f"base_model.model.layers.{block}.self_attn.q_proj"
+        weights[f"{name}.lora_A.weight"] = torch.ones(2, 32)
+        weights[f"{name}.lora_B.weight"] = torch.ones(32, 2)
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
+def other_weights(folder: Path) -> None:
+    shutil.copyfile(folder / WEIGHTS, folder / "other.safetensors")
+    config(transformers_weights="other.safetensors")(folder)
+
+
+def config(**values: object) -> Attack:
+    return edit("config.json", lambda document: document.update(values))
+
+
+def two_words(tokenizer: dict[str, Any]) -> None:
+    words = tokenizer["model"]["vocab"]
+    words["tea"], words["cup"] = words["cup"], words["tea"]
+
+
 BAKED_ATTACKS: dict[str, tuple[Attack, set[str]]] = {
+    "an adapter of itself": (adapter_of_itself, {"modules"}),
+    "other weights": (other_weights, {"modules", "backbone"}),
+    "code of its own": (config(auto_map={"AutoModel": "evil.Model"}), {"modules", "config"}),
+    "an activation": (config(hidden_act="relu"), {"config"}),
+    "heads": (config(num_attention_heads=2, num_key_value_heads=1, head_dim=16), {"config"}),
+    "a base of RoPE": (
+        edit("config.json", lambda d: d["rope_parameters"].update(rope_theta=7.0)),
+        {"config"},
+    ),
+    "a longest text": (config(max_position_embeddings=7), {"config"}),
+    "two words": (edit("tokenizer.json", two_words), {"tokenizer"}),
+    "a token at the end": (
+        edit(
+            "tokenizer.json",
+            lambda d: d.update(
+                post_processor={"type": "BertProcessing", "sep": ["tea", 10], "cls": ["cup", 11]}
+            ),
+        ),
+        {"tokenizer"},
+    ),
     "mixed directions": (tensor(WEIGHTS, "lm_head", mixed), {"directions", "rows"}),
     "swapped directions": (
         tensor(WEIGHTS, "lm_head", lambda w: w[:, [1, 0, *range(2, 32)]]),
