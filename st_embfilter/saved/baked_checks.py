@@ -53,7 +53,7 @@ def find_baked(files: ModelFiles) -> FilterMetadata | None:
     return None if path is None else FilterMetadata.from_json(path.read_bytes())
 
 
-def check_baked_modules(files: ModelFiles, d: int) -> tuple[bool, str]:
+def check_baked_modules(files: ModelFiles, d: int) -> tuple[bool | None, str]:
     """The pipeline and the small files must be those that `export` writes.
 
     Args:

@@ -49,10 +49,10 @@ def other_dtype(model: nn.Module, folder: Path) -> torch.dtype | None:
     return None if live == loads_in else live
 
 
-def dtype_name(model: nn.Module) -> str:
-    """The dtype of a live transformers model, e.g. "float32"."""
-    live: Any = model.dtype
-    return str(live).removeprefix("torch.")
+def dtype_name(model: nn.Module) -> str | None:
+    """The dtype of a live model, e.g. "float32"; None where it says none."""
+    live = getattr(model, "dtype", None)
+    return None if live is None else str(live).removeprefix("torch.")
 
 
 def stored_dtype(files: ModelFiles) -> str | None:

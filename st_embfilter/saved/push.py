@@ -25,8 +25,8 @@ from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.saved.card import card_of_folder
 from st_embfilter.saved.card_rules import check_card
 from st_embfilter.saved.folder import write_model
-from st_embfilter.saved.layout import CARD_FILE, FILTER_FILES, PORTABLE_FILES
-from st_embfilter.saved.static import STATIC_FILES, STATIC_FOLDER, check_table, is_static
+from st_embfilter.saved.layout import CARD_FILE, FILTER_FILES, PORTABLE_FILES, STATIC_FOLDER
+from st_embfilter.saved.static import STATIC_FILES, check_table, is_static
 
 _TOKENIZER: Final = re.compile(
     r"tokenizer\.json|vocab\.(json|txt)|tekken\.json|.*\.(model|spm|tiktoken)"
