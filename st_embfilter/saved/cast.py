@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from st_embfilter.errors import BackboneError, FormatError
-from st_embfilter.files.folder import ModelFiles
+from st_embfilter.files.folder import FolderFiles
 from st_embfilter.files.stored import DTYPE_NAMES, SAFETENSORS_DTYPES, LocalSafetensors
 from st_embfilter.files.tensors import SAFETENSORS_FILE
 from st_embfilter.files.writer import RawTensor, raw_tensors, write_safetensors
@@ -49,14 +49,26 @@ def other_dtype(model: nn.Module, folder: Path) -> torch.dtype | None:
     return None if live == loads_in else live
 
 
-def dtype_name(model: nn.Module) -> str | None:
-    """The dtype of a live model, e.g. "float32"; None where it says none."""
-    live = getattr(model, "dtype", None)
-    return None if live is None else str(live).removeprefix("torch.")
+def asked_dtype(model: nn.Module, folder: Path | None, *, always: bool = False) -> str | None:
+    """The dtype of a live model, e.g. "float32", if it is not the one that its checkpoint loads in.
+
+    Args:
+        model: A transformers model.
+        folder: Its checkpoint, if there is one.
+        always: Whether to name it in any case.
+    """
+    there = folder is not None and (folder / _CONFIG).is_file()
+    if not always and (folder is None or not there or other_dtype(model, folder) is None):
+        return None
+    live: Any = model.dtype
+    return str(live).removeprefix("torch.")
 
 
-def stored_dtype(files: ModelFiles) -> str | None:
-    """The dtype of a saved model: of its backbone by `config.json`, or of its table.
+def stored_dtype(files: FolderFiles) -> str | None:
+    """The dtype in which a saved model is stored and loads; of a static model that of its table.
+
+    Returns:
+        None where it loads in another dtype than it is stored in, as its checkpoint did.
 
     Raises:
         EmbedFilterError: If the file that says it is damaged.
@@ -70,7 +82,11 @@ def stored_dtype(files: ModelFiles) -> str | None:
     )
     stated = next((config[key] for key in _KEYS if config.get(key) is not None), None)
     name = stated.removeprefix("torch.") if isinstance(stated, str) else ""
-    return name if getattr(torch, name, None) in _CAST else None
+    dtype = getattr(torch, name, None)
+    if dtype not in _CAST:
+        return None
+    stored = {raw.dtype for file in _shards(Path(files.name)) for raw in _raw(file).values()}
+    return name if DTYPE_NAMES[dtype] in stored else None
 
 
 def cast_weights(source: Path, target: Path, model: nn.Module, unembedding: str) -> None:

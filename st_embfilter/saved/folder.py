@@ -44,7 +44,7 @@ from st_embfilter.model.static import static_metadata
 from st_embfilter.model.tokenizer import write_tokenizer
 from st_embfilter.saved.card import base_card, render
 from st_embfilter.saved.card_facts import facts_of_files
-from st_embfilter.saved.cast import cast_weights, dtype_name, other_dtype, state_dtype
+from st_embfilter.saved.cast import asked_dtype, cast_weights, other_dtype, state_dtype
 from st_embfilter.saved.layout import (
     CARD_FILE,
     DENSE_CONFIG,
@@ -166,9 +166,10 @@ def portable_files(
     if layer.singular_values is not None:
         files[DENSE_SPECTRUM] = save({"singular_values": layer.singular_values.cpu()})
     inherited_from = _base_card(model, token)
-    files[CARD_FILE] = render(
-        facts_of_files(files, base_card=inherited_from, dtype=dtype_name(transformer.auto_model))
-    ).encode()
+    of_gguf = layer.metadata.provenance.gguf_sha256 is not None
+    dtype = asked_dtype(transformer.auto_model, source_folder(model), always=of_gguf)
+    facts = facts_of_files(files, base_card=inherited_from, dtype=dtype)
+    files[CARD_FILE] = render(facts).encode()
     return files
 
 

@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 import st_embfilter
 from compat import rules, run
 from compat.page import Outcome, page, row
+from compat.stacks import CALIBRATION
 from st_embfilter.saved.card_rules import check_card
 from st_embfilter.saved.folder import portable_files
 from tests.conftest import DEMO_LM
@@ -109,7 +110,7 @@ def test_a_server_serves_the_model(
 
 def test_a_calibrated_filter_is_a_projection_with_a_bias(tmp_path: Path) -> None:
     model = st_embfilter.from_causal_lm(
-        DEMO_LM, device="cpu", calibrate=run.CALIBRATION, show_progress_bar=False
+        DEMO_LM, device="cpu", calibrate=CALIBRATION, show_progress_bar=False
     )
     folder = st_embfilter.save_pretrained(model, tmp_path / "calibrated")
     for server in SERVERS:
