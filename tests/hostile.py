@@ -685,6 +685,16 @@ CHECKPOINTS = [
         weights(lambda t: t.update({LAYER: torch.ones(3, 3)})),
         "another shape",
     ),
+    embedded(
+        "a layer of astronomical size",
+        document("config.json", put("intermediate_size", value=10**12)),
+        "another shape",
+    ),
+    embedded(
+        "angles that are no numbers",
+        document("config.json", put("rope_parameters", "rope_theta", value=-1.0)),
+        "NaN or infinity in .*inv_freq",
+    ),
     embedded("NaN in a layer", weights(lambda t: t[LAYER].fill_(torch.nan)), "NaN or infinity"),
     embedded(
         "one Inf in a layer", weights(lambda t: t[LAYER][2:3, 3].fill_(torch.inf)), "NaN or inf"
@@ -942,6 +952,25 @@ FILTERS = [
         "a function as module",
         document("modules.json", put_type(1, "os.system")),
         "trust_remote_code",
+        EmbedFilterError,
+        "load",
+    ),
+    saved(
+        "pooling is a pipe",
+        lambda f: ((f / "1_Pooling/config.json").unlink(), os.mkfifo(f / "1_Pooling/config.json")),
+        "must hold files and folders",
+        how="load",
+    ),
+    saved(
+        "a device by a link",
+        lambda f: (f / "1_Pooling/notes").symlink_to("/dev/zero"),
+        "must hold files and folders",
+        how="load",
+    ),
+    saved(
+        "another kind of model",
+        document("config_sentence_transformers.json", put("model_type", value="SparseEncoder")),
+        "must load with its Dense module|must load with sentence-transformers",
         EmbedFilterError,
         "load",
     ),

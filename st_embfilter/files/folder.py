@@ -6,8 +6,9 @@ import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from st_embfilter.errors import LinkError
+from st_embfilter.errors import FormatError, LinkError
 from st_embfilter.files.stored import LocalSafetensors, SafetensorsFile
+from st_embfilter.text import shown
 
 
 class ModelFiles(ABC):
@@ -80,6 +81,19 @@ def check_inside(path: Path, folder: Path) -> None:
             f"every file of a model must lie in its folder, got the symbolic link {path} out of "
             "it; put the file itself there"
         )
+
+
+def check_plain(folder: Path) -> None:
+    """Checks that a model folder holds files and folders: whoever opens a pipe waits for ever.
+
+    Raises:
+        FormatError: Names what is neither.
+    """
+    for path in folder.rglob("*"):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise FormatError(
+                f"a model folder must hold files and folders, got something else: {shown(path)}"
+            )
 
 
 def links_out(folder: Path) -> list[str]:

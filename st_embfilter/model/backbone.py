@@ -82,7 +82,7 @@ def load_backbone(
     base = source if adapter is None else source.base(adapter)
     hub = base.for_transformers()
     try:
-        with loaded_whole():
+        with loaded_whole(base.files):
             backbone: Transformer = module_class(
                 base.name,
                 model_kwargs={**hub, **({} if dtype is None else {"dtype": dtype})},

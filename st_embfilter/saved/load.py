@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Final
 
 from sentence_transformers import SentenceTransformer
@@ -10,7 +11,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Transforme
 from torch import nn
 
 from st_embfilter.errors import BackboneError, EmbedFilterError, FormatError
-from st_embfilter.files.folder import ModelFiles
+from st_embfilter.files.folder import ModelFiles, check_plain
 from st_embfilter.model.backbone import measured
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import EmbedFilterLayer, filter_of, read_filter
@@ -59,10 +60,12 @@ def load(
     depth = None if found is None else found.metadata.depth
     static = found is not None and depth is not None and depth.layers == 0
     layer = None if static else read_saved(source.files, trust_remote_code=source.trust_remote_code)
+    if source.is_folder:
+        check_plain(Path(source.name))
     if source.files.commit is not None:  # should the branch move meanwhile
         kwargs["revision"] = source.files.commit
     try:
-        with loaded_whole():
+        with loaded_whole(source.files):
             model = SentenceTransformer(
                 source.name, trust_remote_code=source.trust_remote_code, **kwargs
             )

@@ -285,6 +285,15 @@ def test_nothing_is_inherited_from_a_card_that_says_nothing(card: str | None) ->
     assert inherited(card) == {}
 
 
+def test_a_card_that_grows_inherits_nothing() -> None:
+    """Each line is twice the one before: forty of them are no list that a machine can hold."""
+    lines = ["a0: &a0 [mit]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 6))]
+    assert (
+        inherited("---\n" + "\n".join([*lines, "license: *a5", "language: en"]) + "\n---\n") == {}
+    )
+    assert inherited("---\nlicense: [[mit]]\nlanguage: en\n---\n") == {"language": ["en"]}
+
+
 def test_the_card_of_a_cached_base_model_is_found(
     saved_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -327,6 +327,16 @@ def other_weights(folder: Path) -> None:
     edit(folder / "config.json", lambda d: d.update(transformers_weights="other.safetensors"))
 
 
+def card_says(text: str) -> Attack:
+    return lambda folder: (folder / "README.md").write_text(f"---\n{text}\n---\n# A card\n")
+
+
+#: Each line ten times the one before.
+DOUBLED = "\n".join(
+    ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join(10 * [f'*a{i - 1}'])}]" for i in range(1, 12)]
+)
+
+
 MODEL_CONFIG = "config_sentence_transformers.json"
 CALLED = {"method": "get_input_embeddings", "method_output_name": "last_hidden_state"}
 
@@ -403,6 +413,13 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "Inf in a layer": (tensors(lambda w: w[norm(w)][3:4].fill_(torch.inf)), "backbone"),
     "an epsilon of NaN": (nan_in_config, "modules"),
     "an epsilon of 10^9": (config("config.json", rms_norm_eps=1e9), "modules"),
+    "a card that grows": (card_says(f"{DOUBLED}\nlicense: *a11\nlanguage: *a11"), "card"),
+    "a card nested deeply": (card_says("license: " + "[" * 20_000), "card"),
+    "a card with code": (
+        card_says("a: !!python/object/apply:os.system ['touch code-ran']"),
+        "card",
+    ),
+    "a card of no date": (card_says("license: 2020-99-99"), "card"),
     "a link beside": (linked("notes.txt"), "links"),
     "a link that is hidden": (linked(".README.md.tmp"), "links"),
     "a link in a folder": (linked("1_Pooling/notes.txt"), "links"),
