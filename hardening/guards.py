@@ -667,6 +667,34 @@ GUARDS = (
         "if False:",
         "lens/test_counts.py::test_damaged_counts_are_refused",
     ),
+    _guard(
+        "a key of GGUF twice",
+        "unembedding/gguf.py",
+        "if key in metadata:  # llama.cpp",
+        "if False:  # llama.cpp",
+        "model/test_gguf.py::test_headers_that_are_refused",
+    ),
+    _guard(
+        "every failure of a GGUF header is an error of ours",
+        "unembedding/gguf.py",
+        "        except Exception as error:  # files of strangers",
+        "        except ValueError as error:  # files of strangers",
+        "model/test_gguf.py::test_headers_that_are_refused",
+    ),
+    _guard(
+        "every failure of a GGUF tokenizer is an error of ours",
+        "model/gguf_tokenizer.py",
+        'with reading(f"the tokenizer of {file.path.name}", BackboneError, "be whole"):',
+        "if True:",
+        "model/test_gguf.py::test_models_that_are_refused",
+    ),
+    _guard(
+        "the card of a static model",
+        "saved/card_facts.py",
+        "        METADATA_FILE,\n        *(f",
+        "        *(f",
+        "model/test_static.py::test_the_card_written_anew_is_the_card",
+    ),
     # What is shown.
     _guard(
         "escape sequences do not reach the terminal",

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
 from st_embfilter.errors import BackboneError
-from st_embfilter.text import first_line, write_json
+from st_embfilter.text import first_line, reading, write_json
 from st_embfilter.unembedding.gguf import GGUFFile
 
 _SPECIAL_TOKENS: Final = {
@@ -43,6 +43,11 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     Raises:
         BackboneError: If the file holds none, or transformers cannot make it.
     """
+    with reading(f"the tokenizer of {file.path.name}", BackboneError, "be whole"):
+        return _tokenizer(file)
+
+
+def _tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     metadata = {
         key.removeprefix("tokenizer."): value
         for key, value in file.metadata.items()
@@ -86,7 +91,7 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         **special,
         **({} if length is None else {"model_max_length": int(length)}),
         clean_up_tokenization_spaces=False,
-        chat_template=metadata.get("chat_template"),
+        chat_template=_text(metadata.get("chat_template")),
     )
     by_default = metadata["ggml.model"] == "llama" or pre in _BOS_BY_DEFAULT
     bos = special.get("bos_token") if metadata.get("ggml.add_bos_token", by_default) else None
@@ -99,6 +104,12 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
             special_tokens=[(token, tokens.index(token)) for token in {bos, eos} - {None}],
         )
     return tokenizer
+
+
+def _text(value: object) -> str | None:
+    if not isinstance(value, str | None):
+        raise TypeError(f"a chat template must be a text, got {value!r:.60}")
+    return value
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -191,7 +191,8 @@ def small_files(files: ModelFiles) -> dict[str, bytes]:
     paths = _modules(small).values()
     return small | read(
         TRANSFORMER_CONFIG,
-        *(f"{path}/{METADATA_FILE}".lstrip("/") for path in paths),
+        METADATA_FILE,
+        *(f"{path}/{METADATA_FILE}" for path in paths if path),
         *(f"{path}/config.json" for path in paths if path),
     )
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from st_embfilter.errors import UnembeddingError
 from st_embfilter.files.stored import StoredTensor
-from st_embfilter.text import shown
+from st_embfilter.text import first_line, shown
 
 #: Names that the GGUF specification gives to the output and to the input embedding.
 OUTPUT: Final = "output.weight"
@@ -45,8 +45,10 @@ _SCALARS: Final = {
 _ALIGNMENT: Final = 32
 _MAX_DIMENSIONS: Final = 4
 
-#: Longest string and array of a header: a thousand times what models have, but no one's memory.
-_MAX_LENGTH: Final = 2**28
+#: Bytes of the longest string of a header, and values in all of its lists: each a multiple of what
+#: models have, and no one's memory.
+_MAX_STRING: Final = 2**28
+_MAX_VALUES: Final = 2**24
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,19 @@ class GGUFFile:
                 version that is known.
         """
         library()
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UnembeddingError(f"a GGUF model must be a file, got something else: {path}")
         try:
             with path.open("rb") as file:
                 header = _Header(file, path)
                 metadata, tensors = header.read()
                 spans = header.spans
-        except (struct.error, UnicodeDecodeError, MemoryError, ValueError, OverflowError) as error:
-            if isinstance(error, UnembeddingError):
-                raise
-            raise _damaged(path, str(error)) from error
+        except UnembeddingError:
+            raise
         except OSError as error:
             raise UnembeddingError(f"cannot read {path}: {error.strerror or error}") from error
+        except Exception as error:  # files of strangers fail in many ways, all mean the same
+            raise _damaged(path, first_line(error)) from error
         parts = metadata.get("split.count", 0)
         if re.search(r"-\d{5}-of-\d{5}$", path.stem) or (isinstance(parts, int) and parts > 1):
             raise UnembeddingError(
@@ -152,6 +156,7 @@ class _Header:
         self._file = file
         self._path = path
         self._size = path.stat().st_size
+        self._values = 0
         self.spans: dict[str, tuple[int, int]] = {}
 
     def read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
@@ -170,6 +175,8 @@ class _Header:
         for _ in range(key_count):
             start = self._file.tell()
             key = self._string()
+            if key in metadata:  # llama.cpp refuses it, and others would take another one
+                raise _damaged(self._path, f"the key {key!r:.80} twice")
             metadata[key] = self._value(self._numbers("I")[0])
             self.spans[key] = (start, self._file.tell())
         entries = [self._entry() for _ in range(tensor_count)]
@@ -214,8 +221,9 @@ class _Header:
         if kind != _ARRAY:
             return self._numbers(_SCALARS.get(kind, ""))[0]
         kind, length = self._numbers("IQ")
-        if length > _MAX_LENGTH:
-            raise _damaged(self._path, f"a list of {length} values")
+        self._values += length
+        if self._values > _MAX_VALUES:
+            raise _damaged(self._path, f"lists of {self._values:,} values")
         if kind in _SCALARS:
             return list(self._numbers(f"{length}{_SCALARS[kind]}"))
         return [self._value(kind) for _ in range(length)]
@@ -230,7 +238,7 @@ class _Header:
         return struct.unpack(f"<{form}", self._bytes(struct.calcsize(f"<{form}")))
 
     def _bytes(self, length: int) -> bytes:
-        if length > min(_MAX_LENGTH * 8, self._size):
+        if length > min(_MAX_STRING, self._size):
             raise _damaged(self._path, f"{length} bytes of a header")
         data = self._file.read(length)
         if len(data) < length:

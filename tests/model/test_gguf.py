@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from st_embfilter.errors import BackboneError, UnembeddingError
 from st_embfilter.model.gguf_backbone import gguf_folder
 from st_embfilter.model.gguf_tokenizer import gguf_tokenizer
 from st_embfilter.model.tokenizer import start_token
+from st_embfilter.saved.gguf_out import export_gguf
 from st_embfilter.saved.verify import verify
 from st_embfilter.unembedding.gguf import GGUFFile, read_gguf
 from tests.conftest import TEXTS, same
@@ -201,11 +204,48 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         build(part)
 
 
+def keyed(name: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
+
+
+#: Lists in lists, deeper than a reader's stack.
+NESTED = struct.pack("<IQ", 9, 1) * 5000 + struct.pack("<IQ", 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("added", "words"),
+    [
+        (keyed("a", 9, NESTED), "recursion"),
+        (keyed("a", 9, struct.pack("<IQ", 10, 2**24 + 1)), "lists of 16,777,217 values"),
+        (keyed("a", 9, struct.pack("<IQ", 99, 1)), "metadata of an unknown type"),
+        (keyed("a", 8, struct.pack("<Q", 2**60)), "bytes of a header"),
+        (keyed("a", 8, struct.pack("<Q", 2) + b"\xff\xfe"), "codec can't decode"),
+        (keyed("general.alignment", 9, struct.pack("<IQI", 4, 1, 32)), "int"),
+        (keyed("general.alignment", 8, struct.pack("<Q", 1) + b"x"), "int"),
+        (keyed("general.alignment", 6, struct.pack("<f", math.inf)), "infinity"),
+        (keyed("general.alignment", 4, struct.pack("<I", 0)), "general.alignment 0"),
+        (keyed("llama.block_count", 4, struct.pack("<I", 1)), "the key 'llama.block_count' twice"),
+    ],
+)
+def test_headers_that_are_refused(tmp_path: Path, added: bytes, words: str) -> None:
+    content = write_gguf(tmp_path / "tiny.gguf", tiny_model()).read_bytes()
+    count = struct.pack("<Q", struct.unpack("<Q", content[16:24])[0] + 1)
+    (tmp_path / "forged.gguf").write_bytes(content[:16] + count + added + content[24:])
+    with pytest.raises(UnembeddingError, match=rf"must be a whole GGUF file, got .*{words}"):
+        build(tmp_path / "forged.gguf")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"metadata": {"tokenizer.ggml.tokens": None}}, "must hold its tokenizer, got none"),
         ({"metadata": {"tokenizer.ggml.model": "mystery"}}, "make the tokenizer .* got 'mystery'"),
+        ({"metadata": {"tokenizer.ggml.eos_token_id": "x"}}, "the tokenizer of tiny.gguf must be"),
+        ({"metadata": {"tokenizer.ggml.pre": ["x"]}}, "unhashable"),
+        ({"metadata": {"tokenizer.ggml.tokens": [1] * 300}}, "make the tokenizer .* not iterable"),
+        ({"metadata": {"tokenizer.chat_template": ["x"]}}, "a chat template must be a text"),
+        ({"metadata": {"llama.context_length": "x"}}, "the tokenizer of tiny.gguf must be whole"),
+        ({"metadata": {"llama.attention.head_count": 0}}, "must be able to read the architecture"),
         ({"leave_out": "blk.1.ffn_up.weight"}, r"none for model\.layers\.1\.mlp\.up_proj\.weight"),
         ({"extra": {"blk.0.odd.weight": np.ones(4, np.float32)}}, "got 'blk.0.odd.weight'"),
         ({"metadata": {"llama.block_count": 1}}, "got 'blk.1"),
@@ -226,6 +266,14 @@ def test_default_dtype_holds_the_hidden_states(
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model(architecture, tied=True), architecture)
     folder = Path(gguf_folder(path, show_progress_bar=False).name)
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"] == dtype
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(UnembeddingError, match="must be a file"):
+        export_gguf(tmp_path / "pipe.gguf", tmp_path / "out.gguf")
+    with pytest.raises(UnembeddingError, match="must exist"):
+        build(tmp_path / "pipe.gguf")
 
 
 def test_unknown_architecture(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 import st_embfilter
 from st_embfilter.errors import DepthError
 from st_embfilter.model.static import bag_tokenizer, static_metadata
+from st_embfilter.saved.card import write_card
 from st_embfilter.saved.push import validate_folder
 from st_embfilter.saved.verify import verify
 from st_embfilter.spectrum.band import Band
@@ -41,6 +42,17 @@ def by_hand(folder: Path, tokenizer: Tokenizer, texts: list[str], scale: float =
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         means.append(rows[ids].mean(dim=0) if ids else torch.zeros(rows.shape[1]))
     return torch.stack(means).numpy()
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32", "token_weights": "sif"}])
+def test_the_card_written_anew_is_the_card(
+    make_lm: MakeLM, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    folder, _ = make_lm()
+    model = st_embfilter.from_causal_lm(folder, layers=0, device="cpu", **options)
+    saved = st_embfilter.save_pretrained(model, tmp_path / "saved")
+    before = (saved / "README.md").read_bytes()
+    assert write_card(saved).read_bytes() == before
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
