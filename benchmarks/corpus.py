@@ -113,25 +113,17 @@ def ratios(name: str, count: int, repeat: int, ray: bool) -> None:
         )
         seconds["corpus"].append(since(start))
     if ray:
-        import ray as cluster
-
         rows = -(-count // 8)
         start = time.process_time(), time.perf_counter()
         with Below() as below:
-            cluster.init(
-                num_cpus=1, log_to_driver=False, logging_level="ERROR", include_dashboard=False
-            )
-            begun = since(start)
             st_embfilter.encode_corpus(
                 name, [file], place / "ray", engine="ray", shard_rows=rows, show_progress_bar=False
             )
             core, wall = since(start)
-            cluster.shutdown()
         seconds["ray"].append((core + sum(below.seconds.values()), wall))
         print(
-            f"ray: {begun[1]:.1f} s on the clock until the cluster was there; seconds of a core: "
-            f"{core:.1f} here, {below.seconds['workers']:.1f} in workers, "
-            f"{below.seconds['rest']:.1f} in the rest of the cluster"
+            f"ray, with the start of its cluster: {core:.1f} s of a core here, "
+            f"{below.seconds['workers']:.1f} in workers, {below.seconds['rest']:.1f} in the rest"
         )
     assert done.rows == len(expected) == count
     base = [min(column) for column in zip(*seconds["encode"], strict=True)]

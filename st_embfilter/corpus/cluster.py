@@ -58,15 +58,17 @@ def encode_with_ray(
         raise MissingPackageError(
             "the Ray engine needs another package: pip install 'st-embfilter[ray]'"
         ) from error
-    ours = not ray.is_initialized()
-    if ours:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    started = not ray.is_initialized()
+    here = started and address is None
+    if started:
+        where = {"address": "local", "include_dashboard": False} if here else {"address": address}
+        ray.init(**where, log_to_driver=False, logging_level="ERROR")
     try:
-        return _run(source, settings, dims, output, strict, workers, gpus, show_progress_bar)
+        return _run(source, settings, dims, output, strict, here, workers, gpus, show_progress_bar)
     except ray.exceptions.RayError as error:
         raise _reason(error) from error
     finally:
-        if ours:
+        if started:
             ray.shutdown()
 
 
@@ -76,6 +78,7 @@ def _run(
     dims: Sequence[float | int],
     output: str | os.PathLike[str],
     strict: bool,
+    here: bool,
     workers: tuple[int, int],
     gpus: float,
     show_progress_bar: bool,
@@ -84,20 +87,27 @@ def _run(
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # The driver may have no GPU, nor the memory for the model.
+    # The driver of a cluster may have no GPU, nor the memory for the model. On this machine it has
+    # both, and saves a process that would import everything.
+    looks = here and not gpus
     # Without retries: Ray would repeat one that lacks memory for ever.
     look = ray.remote(num_gpus=gpus, max_retries=0)(_look)
-    settings, _ = ray.get(look.remote(source, settings, dims, measure=False))
+    asked = (source, settings, dims, None if gpus else "cpu")
+    settings, _ = _look(*asked) if looks else ray.get(look.remote(*asked))
     folder = Folder(output, settings)
     with folder.opened():
         if folder.complete:
             return folder
         if settings.precision == "int8" and folder.ranges is None:
-            _, ranges = ray.get(look.remote(source, settings, settings.dims, measure=True))
+            asked = (source, settings, settings.dims, None if gpus else "cpu")
+            _, ranges = ray.get(look.remote(*asked, measure=True))
             folder.set_ranges(ranges)
+        files = [(file, settings.text, settings.id) for file in settings.inputs]
         index = ray.remote(index_rows)
-        counted = ray.get(
-            [index.remote(file, settings.text, settings.id) for file in settings.inputs]
+        counted = (
+            [index_rows(*file) for file in files]
+            if looks
+            else ray.get([index.remote(*file) for file in files])
         )
         starts = shard_starts(settings.inputs, counted, settings.shard_rows)
         todo = [
@@ -134,10 +144,14 @@ def _run(
 
 
 def _look(
-    source: Source, settings: Settings, dims: Sequence[float | int], measure: bool
+    source: Source,
+    settings: Settings,
+    dims: Sequence[float | int],
+    device: str | None,
+    measure: bool = False,
 ) -> tuple[Settings, NDArray[np.float32] | None]:
-    """What only a worker knows: the settings that need the model, the ranges of int8."""
-    model = open_model(source)
+    """What the model tells: the settings that need it and, if measured, the ranges of int8."""
+    model = open_model(source, device)
     settings = complete(settings, model, dims)
     return settings, calibrate(Encoder(model, settings)) if measure else None
 
