@@ -1,5 +1,6 @@
 """The examples for other engines give the vectors of `encode_document`; plans multiply right."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ def test_other_engines(engine: str, needs: str, saved_demo: Path, tmp_path: Path
     pq.write_table(table, tmp_path / "texts.parquet")
     script = ROOT / "examples" / "engines" / f"{engine}.py"
     arguments = [saved_demo, tmp_path / "texts.parquet", tmp_path / "out"]
-    subprocess.run([sys.executable, "-W", "ignore", script, *arguments], check=True)
+    # Spark's workers are the first python3 of the path unless they are told.
+    env = {**os.environ, "PYSPARK_PYTHON": sys.executable}
+    subprocess.run([sys.executable, "-W", "ignore", script, *arguments], check=True, env=env)
     found = ds.dataset(tmp_path / "out", format="parquet").to_table().sort_by("id")
     assert found["id"].to_pylist() == table["id"].to_pylist()
     vectors = np.stack(found["embedding"].to_numpy())
