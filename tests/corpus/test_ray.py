@@ -50,6 +50,16 @@ def write(path: Path, count: int) -> Path:
     return path
 
 
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_without_a_cluster_it_starts_its_own(model: Path, tmp_path: Path) -> None:
+    inputs = [write(tmp_path / "in.jsonl", 60)]
+    options = {"shard_rows": 20, "show_progress_bar": False}
+    whole = st_embfilter.encode_corpus(model, inputs, tmp_path / "whole", **options).path
+    found = st_embfilter.encode_corpus(model, inputs, tmp_path / "out", engine="ray", **options)
+    assert contents(found.path) == contents(whole)
+    assert not ray.is_initialized()
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Of this machine, with room for two workers."""
