@@ -33,7 +33,14 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import Tensor
 
 from benchmarks.calibration_page import ROWS, STRENGTHS, WINDOWS, write_page
-from benchmarks.depth import LENGTHS, REPOSITORY, chunks, open_model, read_tasks
+from benchmarks.depth import (
+    LENGTHS,
+    REPOSITORY,
+    ParaphraseTask,
+    chunks,
+    open_model,
+    read_tasks,
+)
 from st_embfilter.evaluation.baselines import Transform
 from st_embfilter.evaluation.bootstrap import Floats, Outcome, interval, replicates
 from st_embfilter.evaluation.data import read_labelled
@@ -61,7 +68,7 @@ from st_embfilter.unembedding.source import Source
 
 RECIPES = ("static", "plain", "prompteol", "echo")
 TEXTS = ("generic", "own", "self")
-TASKS = ("STSBenchmark", "Banking77", "StackOverflow", "SciFact")
+TASKS = ("STSBenchmark", "Banking77", "StackOverflow", "SciFact", "Paraphrases")
 SIZE = 1024
 SIZES = (SIZE, 256, 128)
 
@@ -116,7 +123,9 @@ def cases(part: str) -> Iterator[Case]:
 
 
 def own_texts(task: Task, data: Path) -> list[str]:
-    """Texts of a task's own kind that it neither scores nor learns from."""
+    """Texts of a task's own kind that it neither scores nor learns from; none of some tasks."""
+    if isinstance(task, ParaphraseTask):
+        return []
     if isinstance(task, STSTask):
         used = {text for pair in task.pairs for text in pair[:2]}
         with (data / "stsb" / "stsb-en-dev.csv").open(encoding="utf-8", newline="") as lines:

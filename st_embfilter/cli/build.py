@@ -61,7 +61,7 @@ def build(
     ] = None,
     calibration_strength: Annotated[
         float, typer.Option(help="From 0 (filter alone) to 1 (whitening).", metavar="X")
-    ] = 1.0,
+    ] = 0.25,
     calibration_size: Annotated[
         int,
         typer.Option(help="Generic texts, or those of the model.", min=16, metavar="N"),

@@ -26,7 +26,7 @@ from st_embfilter.saved.layout import (
     RESULTS_FILE,
 )
 from st_embfilter.saved.results import parse_results
-from st_embfilter.spectrum.whitening import DEFAULT_STRENGTH, Calibration
+from st_embfilter.spectrum.whitening import Calibration
 from st_embfilter.text import code, shown, template
 
 #: The Hub knows finetune, adapter, quantized and merge. The filter is none of them to the letter;
@@ -231,9 +231,7 @@ def _calibrate_option(calibration: Calibration | None) -> str | None:
 
 
 def _strength_option(calibration: Calibration | None) -> str | None:
-    if calibration is None or calibration.strength == DEFAULT_STRENGTH:
-        return None
-    return str(calibration.strength)
+    return None if calibration is None else str(calibration.strength)  # defaults may change
 
 
 def _size_option(calibration: Calibration | None) -> str | None:

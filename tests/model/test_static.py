@@ -101,10 +101,12 @@ def test_calibration_folds_exactly(make_lm: MakeLM) -> None:
     options: dict[str, Any] = {
         "layers": 0,
         "dtype": "float32",
+        "calibrate": CALIBRATION,
+        "calibration_strength": 1.0,
         "device": "cpu",
         "show_progress_bar": False,
     }
-    model = st_embfilter.from_causal_lm(folder, calibrate=CALIBRATION, normalize=True, **options)
+    model = st_embfilter.from_causal_lm(folder, normalize=True, **options)
     bare = SentenceTransformer(modules=[model[0]], device="cpu")
     embeddings = bare.encode(CALIBRATION).astype(np.float64)
     # What float32 leaves of a vector, through a map with a condition number up to 100.

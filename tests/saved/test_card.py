@@ -175,7 +175,7 @@ def test_a_calibrated_model_says_so_and_no_more() -> None:
     given = render(replace(FACTS, calibration=replace(own, source="texts", strength=1.0)))
     assert "no data" not in given
     assert "--calibrate texts.txt" in given
-    assert "--calibration-strength" not in given
+    assert "--calibration-strength 1.0" in given
 
 
 def test_a_measured_order_cannot_be_built_by_name() -> None:
