@@ -204,6 +204,14 @@ def first_line(error: BaseException, limit: int = 300) -> str:
     return shown(lines[0], limit).rstrip(".")
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether something failed, in Python or in a library in Rust; no interrupt, no exit.
+
+    A panic of Rust is no `Exception`, on purpose; a stranger's tokenizer makes one.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 @contextmanager
 def reading(
     what: object, error: type[EmbedFilterError] = FormatError, must: str = "be readable"
@@ -222,7 +230,9 @@ def reading(
         yield
     except EmbedFilterError:
         raise
-    except Exception as found:
+    except BaseException as found:
+        if not is_failure(found):
+            raise
         raise error(f"{shown(what)} must {must}, got {first_line(found)}") from found
 
 

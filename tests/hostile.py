@@ -437,6 +437,29 @@ def embedded(name: str, change: Change, says: str) -> Hostile:
     return Hostile(name, change, says, EmbedFilterError, "embed")
 
 
+def tokenizer(**parts: object) -> Change:
+    return document("tokenizer.json", lambda content: content.update(parts))
+
+
+CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+NO_TOKEN = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "x", "type_id": 0}},
+    ],
+    "pair": [],
+    "special_tokens": {},
+}
+PADDED = {
+    "strategy": {"Fixed": 10**5},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "x",
+}
+
 CHECKPOINTS = [
     # The start of a safetensors file.
     Hostile("empty", write(WEIGHTS, b""), "must start with the length"),
@@ -675,6 +698,9 @@ CHECKPOINTS = [
         how="embed",
         error=EmbedFilterError,
     ),
+    embedded("a normalizer at which Rust panics", tokenizer(normalizer=CHARSMAP), "charsmap"),
+    embedded("a template at which Rust panics", tokenizer(post_processor=NO_TOKEN), "short text"),
+    embedded("padding of astronomical length", tokenizer(padding=PADDED), "short text|backbone"),
     embedded("tokenizer nested deeply", write("tokenizer.json", DEEP), ""),
     embedded("settings nested deeply", write("tokenizer_config.json", DEEP), "recursion"),
     embedded("settings that are a list", write("tokenizer_config.json", "[]"), "list"),

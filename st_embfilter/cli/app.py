@@ -16,7 +16,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from st_embfilter.errors import CalibrationError, EmbedFilterError
-from st_embfilter.text import first_line, visible
+from st_embfilter.text import first_line, is_failure, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,11 +65,11 @@ def errors() -> Iterator[None]:
         sentence, cause = str(error), cast("Exception", error)
     except _OF_TYPER:
         raise
-    except Exception as error:
-        if os.environ.get(TRACEBACK):
+    except BaseException as error:
+        if not is_failure(error) or os.environ.get(TRACEBACK):
             raise
         sentence = f"{type(error).__name__}: {first_line(error)}; set {TRACEBACK}=1 to see where"
-        cause = error
+        cause = cast("Exception", error)
     else:
         return
     err.print(f"[bold red]Error:[/] {escape(sentence)}", highlight=False)

@@ -61,6 +61,7 @@ def filter_vectors(
         ShapeError: If the width is not the filter's, or `out` has another shape.
         CalibrationError: If the filter is calibrated and all vectors have unit length: it subtracts
             a mean, which needs the lengths that they had.
+        CorpusError: If a vector is not finite, or too long for float32.
     """
     layer = _layer(filter)
     width = layer.out_features if dims is None else Band(keep=dims).width(layer.out_features)
@@ -84,6 +85,12 @@ def filter_vectors(
         block = source[start : start + rows]
         tensor = block if isinstance(block, torch.Tensor) else _tensor(block)
         part = _apply(tensor, layer, width, normalize)
+        if not bool(torch.isfinite(part).all()):
+            bad = int((~torch.isfinite(part).all(dim=1)).sum())
+            raise CorpusError(
+                f"vectors must be finite, in float32 as well, got NaN or infinity in {bad} of a "
+                f"block of {len(part)}; leave them out, or encode their texts again"
+            )
         target[start : start + rows] = part if isinstance(target, torch.Tensor) else part.numpy()
     filtered_vectors: Vectors = result
     return filtered_vectors
@@ -207,7 +214,7 @@ def _batches(
     with reading(source.name, CorpusError, "be a Parquet file"):
         file = pq.ParquetFile(source)
         schema = file.schema_arrow
-    kind = schema.field(column).type if column in schema.names else None
+    kind = schema.field(column).type if schema.names.count(column) == 1 else None
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if kind is None or not any(is_kind(kind) for is_kind in lists):
         raise CorpusError(

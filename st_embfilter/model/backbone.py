@@ -21,7 +21,7 @@ from st_embfilter.files.folder import check_inside
 from st_embfilter.files.tensors import SAFETENSORS_FILE, TORCH_FILE
 from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.whole import check_finite, loaded_whole
-from st_embfilter.text import first_line, json_text, read_json
+from st_embfilter.text import first_line, is_failure, json_text, read_json, reading
 from st_embfilter.unembedding.adapter import Adapter
 from st_embfilter.unembedding.source import Source
 
@@ -95,7 +95,9 @@ def load_backbone(
                 _merge(backbone, source)
     except EmbedFilterError:
         raise
-    except Exception as error:  # files of strangers fail in many ways, all mean the same
+    except BaseException as error:  # files of strangers fail in many ways, all mean the same
+        if not is_failure(error):
+            raise
         raise BackboneError(
             "EmbedFilter needs a text backbone that sentence-transformers can load with AutoModel "
             f"and AutoProcessor, got {source.name}: {first_line(error)}"
@@ -145,8 +147,8 @@ def measured(backbone: Transformer) -> Tensor:
     """
     model = backbone.auto_model
     tokenizer: Any = backbone.tokenizer
-    ids = tokenizer("A text.")["input_ids"] or [0]
-    with torch.no_grad():
+    with reading("the model", BackboneError, "read a short text"), torch.no_grad():
+        ids = tokenizer("A text.")["input_ids"] or [0]
         hidden: Tensor = model(input_ids=torch.tensor([ids], device=model.device)).last_hidden_state
     if not bool(torch.isfinite(hidden).all()):
         dtype = str(hidden.dtype).removeprefix("torch.")
@@ -176,7 +178,9 @@ def _is_backbone_file(name: str) -> bool:
 def _makes_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
     try:
         return bool(tokenizer("a text", add_special_tokens=False)["input_ids"])
-    except Exception:  # tokenizers raises nothing narrower
+    except BaseException as error:  # tokenizers raises nothing narrower
+        if not is_failure(error):
+            raise
         return False
 
 

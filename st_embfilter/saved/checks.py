@@ -9,16 +9,16 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
-from st_embfilter.errors import EmbedFilterError, ShapeError
+from st_embfilter.errors import EmbedFilterError, FormatError, ShapeError
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.whole import is_finite
 from st_embfilter.spectrum.gram import NEARLY, Precision, signs
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.spectrum.whitening import MAX_CONDITION
-from st_embfilter.text import first_line, shown
+from st_embfilter.text import first_line, reading, shown
 from st_embfilter.unembedding.matrix import Unembedding
 from st_embfilter.unembedding.source import Source
 
@@ -324,4 +324,10 @@ def check_backbone(source: Source) -> tuple[bool, str]:
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if value.is_floating_point() and not is_finite(value):
             return False, f"{name} holds NaN or Inf"
+    with reading("the tokenizer", FormatError, "read a short text"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(source.name, **source.for_transformers())
+        ids = tokenizer("A text.")["input_ids"]
+    rows = model.get_input_embeddings().weight.shape[0]
+    if ids and not 0 <= min(ids) <= max(ids) < rows:
+        return False, f"the tokenizer gives the id {max(ids)}, of {rows} tokens"
     return True, "every tensor is there and finite"

@@ -128,6 +128,10 @@ def export_gguf(
         spectrum = folded_spectrum(partial(file.rows, head), shape, gain)
         rotation = rotation_of(spectrum, chosen)
         if like is not None:
+            if like.shape[1] != len(gain):
+                raise FormatError(
+                    f"the filter must be as wide as the GGUF model, {len(gain)}, got {like.shape[1]}"
+                )
             _check_like(like * gain, rotation[:width])
         arch = file.metadata["general.architecture"]
         keys: dict[str, int | str] = {

@@ -25,7 +25,7 @@ from st_embfilter.model.pipeline import names, replace_module
 from st_embfilter.model.static import set_static_metadata
 from st_embfilter.model.whole import check_finite, loaded_whole
 from st_embfilter.saved.layout import TRANSFORMER_CONFIG, check_length
-from st_embfilter.text import first_line, read_json
+from st_embfilter.text import first_line, is_failure, read_json
 from st_embfilter.unembedding.source import Source
 
 _HUB_ARGUMENTS: Final = ("token", "cache_folder", "revision", "local_files_only")
@@ -71,7 +71,9 @@ def load(
             )
     except EmbedFilterError:
         raise
-    except Exception as error:  # files of strangers fail in many ways, all mean the same
+    except BaseException as error:  # files of strangers fail in many ways, all mean the same
+        if not is_failure(error):
+            raise
         raise BackboneError(
             "a saved model must load with sentence-transformers, got "
             f"{source.name}: {first_line(error)}"

@@ -187,6 +187,18 @@ def test_columns_that_hold_no_vectors(
     assert [path.name for path in tmp_path.iterdir()] == ["raw.parquet"]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_vectors_that_are_not_finite(saved_demo: Path, tmp_path: Path, value: float) -> None:
+    vectors = np.ones((5, 256))
+    vectors[3, 7] = value
+    with np.errstate(over="ignore"), pytest.raises(CorpusError, match=r"in 1 of a block of 5"):
+        st_embfilter.filter_vectors(vectors, saved_demo)
+    np.save(tmp_path / "raw.npy", vectors)
+    with np.errstate(over="ignore"), pytest.raises(CorpusError, match="must be finite"):
+        st_embfilter.apply_filter(saved_demo, tmp_path / "raw.npy", tmp_path / "out.npy")
+    assert [path.name for path in tmp_path.iterdir()] == ["raw.npy"]
+
+
 def test_files_that_are_none(saved_demo: Path, tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(b"no array")
     np.save(tmp_path / "b.npy", np.zeros((2, 256), np.int8))

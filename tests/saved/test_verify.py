@@ -17,6 +17,7 @@ from st_embfilter.cli import app
 from st_embfilter.saved.verify import verify
 from st_embfilter.unembedding.matrix import Unembedding
 from tests.conftest import TEXTS, tiny_lm
+from tests.hostile import CHARSMAP
 
 PROJECTION = "2_Dense/model.safetensors"
 
@@ -407,6 +408,14 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "a tensor is missing": (tensors(lambda w: w.pop(norm(w))), "backbone"),
     "a tensor of another shape": (
         tensors(lambda w: w.update({norm(w): torch.ones(7)})),
+        "backbone",
+    ),
+    "a tokenizer that panics": (
+        config("tokenizer.json", normalizer=CHARSMAP),
+        "backbone",
+    ),
+    "a tokenizer of other tokens": (
+        lambda f: edit(f / "tokenizer.json", lambda d: d["model"]["vocab"].update(A=10**6)),
         "backbone",
     ),
     "NaN in a layer": (tensors(lambda w: w[norm(w)].fill_(torch.nan)), "backbone"),
