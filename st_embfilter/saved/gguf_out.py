@@ -130,7 +130,7 @@ def export_gguf(
         if like is not None:
             if like.shape[1] != len(gain):
                 raise FormatError(
-                    f"the filter must be as wide as the GGUF model, {len(gain)}, got {like.shape[1]}"
+                    f"a filter must be as wide as the GGUF model, {len(gain)}, got {like.shape[1]}"
                 )
             _check_like(like * gain, rotation[:width])
         arch = file.metadata["general.architecture"]
