@@ -108,6 +108,7 @@ class Unembedding:
                 if span is not None:
                     upcoming = reader.submit(read, *span)
                 yield block
+                del block  # two are in memory, not three
 
     def folded_blocks(self) -> Iterator[Tensor]:
         """Row blocks of W_U diag(g) in float64, of W_U where no gain is folded in."""
@@ -145,9 +146,9 @@ class Unembedding:
                 if self.gain is None:
                     yield block
                 else:  # in pieces, for a block of 16 bits takes four times the memory in float64
-                    for piece in block.split(PIECE_ROWS):
-                        yield piece.to(torch.float64) * self.gain
+                    yield from (p.to(torch.float64) * self.gain for p in block.split(PIECE_ROWS))
                 done += block.nbytes
+                del block
                 if progress is not None:
                     progress(done, self.stored.nbytes)
 
