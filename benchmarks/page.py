@@ -86,7 +86,7 @@ SECTIONS = {
         "SmolLM2-135M-Instruct: every text encoded once by the whole model, the same with the "
         "vectors of all 31 depths and two poolings written to disk, and the sweep of the raw model "
         "and the filter at each of them, intervals included.",
-        "benchmarks/sweep.py --depths --model SMOLLM2 --texts 32 --repeat 1",
+        "benchmarks/sweep.py --depths --model SMOLLM2 --texts 512 --repeat 1",
         cached=False,
     ),
     "load": Section(
