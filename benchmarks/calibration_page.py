@@ -263,7 +263,7 @@ def templates(rows: Sequence[Row]) -> list[str]:
             mine = [row for row in here if is_(row, model=model, recipe=recipe)]
             alone = {row["keep"]: f"{100 * row['score']:.1f}" for row in mine if row["size"] == 0}
             cells = [alone.get(keep, "") for keep in (1.0, 0.75, 0.5)]
-            for strength in (0.5, 1.0):
+            for strength in (0.25, 1.0):
                 found = [row for row in mine if is_(row, keep=0.75, strength=strength, size=256)]
                 cells.append(with_interval(found[0]) if found else "")
             body.append([f"{model}, {recipe}", *cells])
@@ -274,7 +274,7 @@ def templates(rows: Sequence[Row]) -> list[str]:
         "[prompts.md](prompts.md). Calibrated inside 3/4 with 256 generic texts.",
         "",
     ]
-    head = ["", "raw", "3/4", "1/2", "3/4, strength 0.5", "3/4, strength 1"]
+    head = ["", "raw", "3/4", "1/2", "3/4, strength 0.25", "3/4, strength 1"]
     return lines + table(head, body)
 
 
