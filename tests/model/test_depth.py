@@ -33,7 +33,7 @@ from st_embfilter.model.layer import filter_of
 from st_embfilter.saved.verify import verify
 from st_embfilter.unembedding.source import Source
 from tests.architectures import VOCAB, save_tiny, tiny_config, tiny_model
-from tests.conftest import TEXTS, MakeLM, same
+from tests.conftest import FLOAT32, TEXTS, MakeLM, same
 from tests.hub_server import LocalHub
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -106,7 +106,8 @@ def test_a_cut_model_is_the_state_after_its_blocks(
         for batch_size, side in product((1, 3, 32), ("right", "left")):
             plain.tokenizer.padding_side = side
             found = plain.encode(texts, batch_size=batch_size)
-            assert same(found, expected[side])
+            # One batch is the same sums in the same order; others round otherwise.
+            assert same(found, expected[side], 1e-6 if batch_size >= len(texts) else FLOAT32)
         metadata = json.loads((saved / "embfilter.json").read_text())
         assert metadata["depth"] == {"layers": layers, "of": 4, "token_weights": None}
         if "layer_types" in MODELS[model_type]:

@@ -19,7 +19,7 @@ from st_embfilter.saved.push import validate_folder
 from st_embfilter.saved.verify import verify
 from st_embfilter.spectrum.band import Band
 from st_embfilter.unembedding.source import open_unembedding
-from tests.conftest import FLOAT32, MakeLM, same, word_tokenizer
+from tests.conftest import DEMO_LM, FLOAT32, MakeLM, same, word_tokenizer
 
 #: Ten thousand different-looking words in a fixed order.
 LONG = " ".join(f"w{(i * i + 7 * i) % 180}" for i in range(10_000))
@@ -80,6 +80,18 @@ def test_the_folder_is_the_arithmetic_by_hand(
     assert (metadata.depth.layers, metadata.depth.of) == (0, 2)
     assert all(check.passed for check in verify(saved, base=folder))
     validate_folder(saved)
+
+
+def test_model2vec_loads_the_folder(tmp_path: Path) -> None:
+    """Whole texts; by itself it reads the first 512 tokens."""
+    static_model = pytest.importorskip("model2vec").StaticModel
+    model = st_embfilter.from_causal_lm(
+        DEMO_LM, layers=0, keep=0.5, dtype="float32", device="cpu", show_progress_bar=False
+    )
+    saved = st_embfilter.save_pretrained(model, tmp_path / "saved")
+    texts = ["The glacier retreats.", "tea", "ten " * 2000]
+    found = static_model.from_pretrained(str(saved)).encode(texts, max_length=None)
+    assert same(found, model.encode(texts))
 
 
 def test_half_precision_unless_asked_otherwise(make_lm: MakeLM, tmp_path: Path) -> None:
