@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -96,12 +97,20 @@ def test_a_link_in_the_source_is_not_copied(
 
 
 def test_a_pipe_in_the_source_is_not_opened(make_lm: MakeLM, tmp_path: Path) -> None:
-    """It would wait for a writer for ever."""
+    """It would wait for a writer for ever, so there is one here, who waits for a reader."""
     folder, _ = make_lm()
-    os.mkfifo(folder / "z.safetensors")
-    os.mkfifo(folder / "LICENSE")
+    pipes = [folder / "z.safetensors", folder / "LICENSE"]
+    writers = []
+    for pipe in pipes:
+        os.mkfifo(pipe)
+        writers.append(Thread(target=pipe.write_bytes, args=(b"",), daemon=True))
+        writers[-1].start()
     model = st_embfilter.from_causal_lm(folder, device="cpu", show_progress_bar=False)
     saved = st_embfilter.save_pretrained(model, tmp_path / "saved")
+    assert all(writer.is_alive() for writer in writers)
+    for pipe, writer in zip(pipes, writers, strict=True):
+        os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
+        writer.join()
     assert {path.name for path in saved.iterdir()}.isdisjoint({"z.safetensors", "LICENSE"})
 
 
