@@ -158,14 +158,12 @@ class _Job:
     def _static_source(self, metadata: FilterMetadata, table: Path | None) -> Iterator[Check]:
         """Every row of a static model's table against its language model."""
         self.source = replace(self.source, norm=metadata.norm)
-        base, spectrum, check = self._source_matrix(metadata)
-        yield check
-        if base is None or spectrum is None:
+        found, checked = self._source_matrix(metadata)
+        yield from checked
+        if found is None:
             return
-        if base.unembedding().stored.remote and not self.rebuild:
-            yield Check("rows", None, "the base model was not downloaded; with --rebuild it is")
-            return
-        gain, matrix = base.unembedding().gain, spectrum
+        base, matrix = found
+        gain = base.unembedding().gain
         try:
             states, tokenizer = static_checks.states_of(base, metadata)
         except EmbedFilterError as error:
@@ -199,31 +197,36 @@ class _Job:
         yield attempt("gains", lambda: baked_checks.check_gains(own))
         yield attempt("directions", lambda: baked_checks.check_gram(unembedding, metadata))
         self.source = replace(self.source, norm="folded")
-        base, spectrum, check = self._source_matrix(metadata, precision="float64")
-        yield check
-        if base is None or spectrum is None:
+        found, checked = self._source_matrix(metadata, precision="float64")
+        yield from checked
+        if found is None:
             return
-        if base.unembedding().stored.remote and not self.rebuild:
-            yield Check("rows", None, "the base model was not downloaded; with --rebuild it is")
-            return
-        matrix, origin = spectrum, base
+        origin, matrix = found
         yield attempt("config", lambda: baked_checks.check_config(own, origin, metadata))
         yield attempt("tokenizer", lambda: baked_checks.check_tokenizer(own, origin, metadata))
         yield attempt("rows", lambda: baked_checks.check_weights(own, origin, matrix, metadata))
 
     def _source_matrix(
         self, metadata: FilterMetadata, precision: Precision = "float32"
-    ) -> tuple[Source | None, Spectrum | None, Check]:
-        """The language model that a filter was made from, the spectrum of its W_U, and its hash."""
+    ) -> tuple[tuple[Source, Spectrum] | None, list[Check]]:
+        """The language model that a filter was made from and the spectrum of its W_U, if at hand.
+
+        And the checks on the way there: its hash, or why there is nothing to compare rows with.
+        """
         try:
             base = self._made_from(metadata)
             unembedding = base.unembedding()
         except (HubError, _UnknownError) as error:
-            return None, None, Check("unembedding", None, f"{error}; give base= (--base)")
+            return None, [Check("unembedding", None, f"{error}; give base= (--base)")]
         except EmbedFilterError as error:
-            return None, None, Check("unembedding", False, str(error))
+            return None, [Check("unembedding", False, str(error))]
         spectrum, check = measured_spectrum(unembedding, metadata, precision)
-        return base, spectrum, check
+        if spectrum is None:
+            return None, [check]
+        if unembedding.stored.remote and not self.rebuild:
+            told = "the base model was not downloaded; with --rebuild it is"
+            return None, [check, Check("rows", None, told)]
+        return (base, spectrum), [check]
 
     def _depth(self, layer: EmbedFilterLayer) -> tuple[bool, str]:
         """The config must have as many blocks as the metadata say."""
