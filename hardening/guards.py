@@ -43,6 +43,12 @@ def forged(*names: str) -> tuple[str, ...]:
     return tuple(f"saved/test_verify_folded.py::test_forged_weights[{name}]" for name in names)
 
 
+def prompts(*names: str) -> tuple[str, ...]:
+    """Tests of models whose prompt is another one than their metadata name."""
+    test = "saved/test_verify_prompt.py::test_another_prompt_than_the_one_that_is_named"
+    return tuple(f"{test}[{name}]" for name in names)
+
+
 def hostile(*names: str) -> tuple[str, ...]:
     """Tests of the hostile inputs of these names."""
     return tuple(f"test_hostile.py::test_hostile[{name}]" for name in names)
@@ -275,6 +281,64 @@ GUARDS = (
         "    if differ:",
         "    if False:",
         *forged("two words"),
+    ),
+    # The prompt that is named is the one that is put in.
+    _guard(
+        "prompt: the tokens are the recipe's",
+        "saved/prompt_checks.py",
+        "        if ids[at : at + len(whole)] == whole:",
+        "        if True:",
+        *prompts("two tokens swapped", "another template is named of echo"),
+    ),
+    _guard(
+        "prompt: nothing else stands around texts",
+        "saved/prompt_checks.py",
+        "if found is None or not special.issuperset(found[0] + found[1]):",
+        "if found is None:",
+        *prompts("no prompt is named", "a word before BOS", "baked: no prompt is named"),
+    ),
+    _guard(
+        "prompt: the modules are the recipe's",
+        "saved/prompt_checks.py",
+        "    if wrong is not None:",
+        "    if False:",
+        *prompts("messages without a prompt", "no recipe of several is named"),
+    ),
+    _guard(
+        "prompt: the chat template is the recipe's",
+        "saved/prompt_checks.py",
+        "same = tokenizer.chat_template == chat_template(tokenizer, recipe.templates[0])",
+        "same = True",
+        *prompts("another chat template", "a chat template of a file"),
+    ),
+    _guard(
+        "prompt: every template of several is the recipe's",
+        "saved/prompt_checks.py",
+        'same = config.get("prompt_token_ids") == recipe.passes(tokenizer, start)',
+        "same = True",
+        *prompts("other templates", "a template less", "other templates are named"),
+    ),
+    _guard(
+        "prompt: ECHO pools what stands behind its prompt",
+        "saved/prompt_checks.py",
+        'if pooled != {"embedding_dimension": d, "fixed_tokens": fixed}:',
+        "if False:",
+        *prompts("another number of tokens of the prompt", "a width that is none"),
+    ),
+    _guard(
+        "prompt: texts begin as those of the language model",
+        "saved/prompt_checks.py",
+        "        if start != wanted:",
+        "        if False:",
+        "saved/test_verify_prompt.py::"
+        "test_what_a_text_begins_with_is_told_and_held_against_the_language_model",
+    ),
+    _guard(
+        "prompt: a static model has none",
+        "saved/static_checks.py",
+        "    if metadata.prompt is not None:",
+        "    if False:",
+        "saved/test_verify_prompt.py::test_a_static_model_has_no_prompt",
     ),
     _guard(
         "pipes are not read",

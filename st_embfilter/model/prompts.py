@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Final, Literal, get_args
 
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from st_embfilter.errors import PromptError
 from st_embfilter.model.backbone import TEXT_ONLY
@@ -38,6 +38,9 @@ MESSAGES: Final[dict[str, Any]] = {
 
 #: How the template of `PromptEOL` becomes tokens.
 Encoding = Literal["portable", "exact"]
+
+#: For each template the ids before, between and after its texts.
+Passes = list[list[list[int]]]
 
 #: Classification, sentiment, similarity, clustering, keywords.
 _META_TEMPLATES: Final = (
@@ -102,11 +105,8 @@ class Recipe(ABC):
         if pooling is not None and self.own_pooling is None:
             raise PromptError(f"{self.name} has a pooling of its own, got pooling={pooling!r}")
         tokenizer = frozen(backbone.tokenizer)
-        pieces = [
-            [token_ids(tokenizer, piece) for piece in template.split(SLOT)]
-            for template in self.templates
-        ]
-        fixed = self._install(backbone, tokenizer, pieces)
+        passes = self.passes(tokenizer, self.start(tokenizer))
+        fixed = self._install(backbone, tokenizer, passes)
         backbone.processor = tokenizer
         limit = backbone.max_seq_length
         if limit is not None and limit < fixed + self.times:
@@ -116,19 +116,31 @@ class Recipe(ABC):
             )
         return self._pool(backbone.get_embedding_dimension(), fixed, pooling)
 
+    def start(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The ids before a prompt: what the tokenizer of the language model begins a text with."""
+        return leading_ids(tokenizer)
+
+    def passes(self, tokenizer: PreTrainedTokenizerBase, start: list[int]) -> Passes:
+        """For each template the ids before, between and after its texts.
+
+        Args:
+            tokenizer: Of the language model, or of one saved with a prompt.
+            start: The ids at the very front, see `start`.
+        """
+        split = [template.split(SLOT) for template in self.templates]
+        found = [[token_ids(tokenizer, piece) for piece in pieces] for pieces in split]
+        return [[start + before, *rest] for before, *rest in found]
+
     @abstractmethod
     def _install(
-        self,
-        backbone: Transformer,
-        tokenizer: PreTrainedTokenizerFast,
-        pieces: list[list[list[int]]],
+        self, backbone: Transformer, tokenizer: PreTrainedTokenizerFast, passes: Passes
     ) -> int:
         """Makes a backbone read its texts in the prompt.
 
         Args:
             backbone: The first module, which may keep what it needs.
             tokenizer: The one that it will have, changed in place.
-            pieces: For each template the ids before, between and after its texts.
+            passes: For each template the ids before, between and after its texts.
 
         Returns:
             The number of tokens in a sequence that are none of the text.
@@ -209,16 +221,12 @@ class PromptEOL(Recipe):
         return (self.template or self.default,)
 
     def _install(
-        self,
-        backbone: Transformer,
-        tokenizer: PreTrainedTokenizerFast,
-        pieces: list[list[list[int]]],
+        self, backbone: Transformer, tokenizer: PreTrainedTokenizerFast, passes: Passes
     ) -> int:
         if self.encoding == "exact":
             tokenizer.chat_template = chat_template(tokenizer, self.templates[0])
             return len(rendered_ids(tokenizer, ""))
-        before, after = pieces[0]
-        put_around(tokenizer, [leading_ids(tokenizer) + before, after])
+        put_around(tokenizer, passes[0])
         return tokenizer.num_special_tokens_to_add()
 
     @property
@@ -260,18 +268,26 @@ class Echo(Recipe):
         """Its one template."""
         return (self.template,)
 
-    def _install(
-        self,
-        backbone: Transformer,
-        tokenizer: PreTrainedTokenizerFast,
-        pieces: list[list[list[int]]],
-    ) -> int:
-        eos = tokenizer.eos_token_id
-        if eos is None:
-            raise PromptError("ECHO closes texts with an EOS token, got a tokenizer without one")
-        before, middle, _ = pieces[0]
+    def start(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The id that a text begins with; EOS for a tokenizer without any."""
         start = start_token(tokenizer)
-        put_around(tokenizer, [[eos if start is None else start, *before], middle, [eos]])
+        return [self._end(tokenizer) if start is None else start]
+
+    def passes(self, tokenizer: PreTrainedTokenizerBase, start: list[int]) -> Passes:
+        """The one template, whose second text is closed by EOS."""
+        (found,) = super().passes(tokenizer, start)
+        return [[*found[:-1], [self._end(tokenizer)]]]
+
+    def _end(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        end = tokenizer.eos_token_id
+        if not isinstance(end, int):
+            raise PromptError("ECHO closes texts with an EOS token, got a tokenizer without one")
+        return end
+
+    def _install(
+        self, backbone: Transformer, tokenizer: PreTrainedTokenizerFast, passes: Passes
+    ) -> int:
+        put_around(tokenizer, passes[0])
         return tokenizer.num_special_tokens_to_add()
 
     def _pool(self, width: int, fixed: int, mode: str | None) -> Pooling:
@@ -307,15 +323,10 @@ class MetaEOL(Recipe):
             _check_template(template, 1)
 
     def _install(
-        self,
-        backbone: Transformer,
-        tokenizer: PreTrainedTokenizerFast,
-        pieces: list[list[list[int]]],
+        self, backbone: Transformer, tokenizer: PreTrainedTokenizerFast, passes: Passes
     ) -> int:
-        lead = leading_ids(tokenizer)
-        prompts = [[lead + before, after] for before, after in pieces]
-        backbone.prompt_token_ids = prompts  # type: ignore[assignment] # of MetaEOLTransformer
-        return max(len(before) + len(after) for before, after in prompts)
+        backbone.prompt_token_ids = passes  # type: ignore[assignment] # of MetaEOLTransformer
+        return max(len(before) + len(after) for before, after in passes)
 
 
 #: Every recipe by its name.

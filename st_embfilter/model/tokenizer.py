@@ -39,7 +39,7 @@ _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 DOCUMENT_SEPARATOR: Final = "<|endoftext|>"
 
 #: Texts whose edges join differently with what stands around them.
-_PROBES: Final = ("", "word", " word ", "A word.", '"A word?"', "(1)\n", "\u05e9\u05dc\u05d5\u05dd")
+PROBES: Final = ("", "word", " word ", "A word.", '"A word?"', "(1)\n", "\u05e9\u05dc\u05d5\u05dd")
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -193,7 +193,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     lead = leading_ids(tokenizer)
     start = "".join(tokenizer.convert_ids_to_tokens(lead))
     before, after = template.split(SLOT)
-    wanted = [lead + token_ids(tokenizer, before + probe + after) for probe in _PROBES]
+    wanted = [lead + token_ids(tokenizer, before + probe + after) for probe in PROBES]
     # Behind a special token, some tokenizers only add the space of a word's start if it is there.
     for gap in ("", " "):
         jinja = (
@@ -201,7 +201,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
             "{% for message in messages %}{{ message['content'] }}{% endfor %}"
             f"{{{{ {_literal(after)} }}}}"
         )
-        if wanted == [rendered_ids(tokenizer, probe, jinja) for probe in _PROBES]:
+        if wanted == [rendered_ids(tokenizer, probe, jinja) for probe in PROBES]:
             return jinja
     raise PromptError(
         "no chat template gives this tokenizer's ids of the whole prompt; use "

@@ -36,8 +36,8 @@ TABLE_FILE: Final = f"{STATIC_FOLDER}/{SAFETENSORS_FILE}"
 TOKENIZER_FILE: Final = f"{STATIC_FOLDER}/tokenizer.json"
 
 
-def check_static_modules(files: ModelFiles) -> tuple[bool, str]:
-    """The pipeline must be one that `save_pretrained` writes.
+def check_static_modules(files: ModelFiles, metadata: FilterMetadata) -> tuple[bool, str]:
+    """The pipeline must be one that `save_pretrained` writes, which has no prompt.
 
     Raises:
         FormatError: If `modules.json` is missing or no JSON.
@@ -48,6 +48,8 @@ def check_static_modules(files: ModelFiles) -> tuple[bool, str]:
     modules = read_json(path.read_bytes(), MODULES_FILE, FormatError, list)
     if modules not in (static_modules(normalize=False), static_modules(normalize=True)):
         return False, f"{MODULES_FILE} must hold StaticEmbedding [> Normalize], got another one"
+    if metadata.prompt is not None:
+        return False, "embfilter.json names a prompt, which no static model has"
     prompt = layout.check_model_config(document(files, layout.MODEL_CONFIG))
     with_prompt = f"; {shown(repr(prompt))} goes before every text" if prompt else ""
     return True, f"as save_pretrained writes them{with_prompt}"

@@ -24,6 +24,7 @@ from st_embfilter.saved import baked_checks, checks, file_checks, layout, static
 from st_embfilter.saved.card_rules import check_card, stated_base
 from st_embfilter.saved.checks import Check, attempt, measured_spectrum
 from st_embfilter.saved.load import load, read_saved
+from st_embfilter.saved.prompt_checks import check_prompt
 from st_embfilter.saved.runtimes import older_layout
 from st_embfilter.saved.static import check_table
 from st_embfilter.spectrum.gram import Precision
@@ -66,7 +67,7 @@ def verify(
             calibration, and download the weights of a model on the Hub to check them.
         texts: What the filter was calibrated with, if not with generic texts or the model's own.
         base: Folder or Hub id of the language model that a filter alone, a static or a baked model
-            was made from.
+            was made from; of others, what texts begin with is held against it.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
         trust_remote_code: Allow model code of the checkpoint to run.
@@ -125,6 +126,7 @@ class _Job:
             yield attempt("links", self._links)
         if not alone:
             yield attempt("modules", lambda: self._modules(layer))
+            yield attempt("prompt", lambda: self._prompt(metadata))
             yield attempt("layout", lambda: self._layout(metadata.prompt is not None))
             yield attempt("card", lambda: self._card(metadata))
             if metadata.depth is not None:
@@ -150,7 +152,7 @@ class _Job:
             attempt("files", lambda: check_table(path, metadata)),
             Check("window", True, kept),
             *([attempt("links", self._links)] if self.source.is_folder else []),
-            attempt("modules", lambda: static_checks.check_static_modules(self.files)),
+            attempt("modules", lambda: static_checks.check_static_modules(self.files, metadata)),
             attempt("card", lambda: self._card(metadata)),
         ]
         return [*checked, *self._static_source(metadata, path)]
@@ -187,6 +189,7 @@ class _Job:
         if self.source.is_folder:
             yield attempt("links", self._links)
         yield attempt("modules", lambda: baked_checks.check_baked_modules(self.files, metadata.d))
+        yield attempt("prompt", lambda: self._prompt(metadata))
         yield attempt("card", lambda: self._card(metadata))
         try:
             unembedding = own.unembedding()
@@ -273,6 +276,10 @@ class _Job:
     def _modules(self, layer: EmbedFilterLayer) -> tuple[bool | None, str]:
         found, self.code = file_checks.check_modules(self.files, layer.in_features)
         return found
+
+    def _prompt(self, metadata: FilterMetadata) -> tuple[bool | None, str]:
+        base = None if self.base is None else self._other(self.base, None)
+        return check_prompt(self.source, metadata.prompt, metadata.d, base)
 
     def _layout(self, prompted: bool) -> tuple[bool, str]:
         """Never a failure: an older folder holds the same model."""

@@ -238,7 +238,7 @@ BAKED_ATTACKS: dict[str, tuple[Attack, set[str]]] = {
                 post_processor={"type": "BertProcessing", "sep": ["tea", 10], "cls": ["cup", 11]}
             ),
         ),
-        {"tokenizer"},
+        {"tokenizer", "prompt"},
     ),
     "mixed directions": (tensor(WEIGHTS, "lm_head", mixed), {"directions", "rows"}),
     "swapped directions": (
