@@ -112,7 +112,8 @@ def _edges(
     if isinstance(recipe, MetaEOL):
         same = config.get("prompt_token_ids") == recipe.passes(tokenizer, start)
         return (start, []) if same else None
-    bare, pieces = tokenizer, [[], []]
+    bare: PreTrainedTokenizerBase = tokenizer
+    pieces: list[list[int]] = [[], []]
     if recipe is not None:
         bare = _bare(tokenizer)
         (pieces,) = recipe.passes(bare, [])
