@@ -4,6 +4,8 @@
     python examples/search/search.py MODEL SCIFACT  # a BEIR folder: corpus.jsonl, queries.jsonl
     python examples/search/search.py MODEL TITLES.txt --count 100000
 
+With --write the table of README.md beside this file is that of the run.
+
 MODEL holds all directions in nested order: st-embfilter build LM --keep 1.0 --output MODEL. With
 --layers 0 it is a table of static vectors, and the example takes minutes on one core.
 Recall is that of the ten documents which search over the full width finds.
@@ -29,6 +31,8 @@ from sentence_transformers import SentenceTransformer
 import st_embfilter
 
 TOP, CANDIDATES = 10, (100, 1000)
+PAGE = Path(__file__).with_name("README.md")
+HEADER = "| search | recall@10 | MB | ms a query |\n|-|-:|-:|-:|\n"
 
 Search = Callable[[np.ndarray], list[int]]
 
@@ -161,6 +165,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path, help="BEIR folder, or a file of titles")
     parser.add_argument("--count", type=int, default=100_000, help="titles, some of them invented")
+    parser.add_argument("--write", action="store_true", help="write the table into README.md")
     args = parser.parse_args()
     inputs, column, queries = load_texts(args.data, args.count)
     with tempfile.TemporaryDirectory() as place:
@@ -186,8 +191,19 @@ def main() -> None:
                 recall = np.mean([len(a & set(b)) / TOP for a, b in zip(best, found, strict=True)])
                 rows.append(f"| {label} | {recall:.3f} | {size / 1e6:,.1f} | {1e3 * each:.1f} |")
                 print(rows[-1], flush=True)
-        print(f"\n{done.rows:,} vectors, {len(asked)} queries\n")
-        print("| search | recall@10 | MB | ms a query |\n|-|-:|-:|-:|", *rows, sep="\n")
+        what = "SciFact, abstracts without titles" if args.data.is_dir() else "Titles"
+        head = f"{what}: {done.rows:,} vectors, {len(asked)} queries"
+        table = HEADER + "\n".join(rows)
+        print(f"\n{head}\n\n{table}")
+        if args.write:
+            write(what, head, table)
+
+
+def write(what: str, head: str, table: str) -> None:
+    """Puts a table into README.md in place of that of the same data."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(f"{what}: ")
+    _, _, after = rest.split("\n\n", 2)
+    PAGE.write_text(f"{before}{head}\n\n{table}\n\n{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -92,16 +92,11 @@ def test_without_its_package_a_url_says_what_to_install(monkeypatch: pytest.Monk
             find_inputs([pattern])
 
 
-def needs_aiohttp() -> None:
-    pytest.importorskip("aiohttp", reason="needs aiohttp")
-
-
 def texts(*patterns: str) -> list[str | None]:
     return [row.text for row in Rows(find_inputs(patterns))]
 
 
 def test_files_folders_patterns_and_queries(server: str) -> None:
-    needs_aiohttp()
     a = [f"a {i}" for i in range(MARKS + 9)]
     b, c = ["b 0", "http://nowhere.invalid/"], ["c 0", "c 1"]
     assert texts(f"{server}/a.jsonl?download=true") == a
@@ -114,7 +109,6 @@ def test_files_folders_patterns_and_queries(server: str) -> None:
 
 
 def test_reading_goes_on_in_the_middle(server: str) -> None:
-    needs_aiohttp()
     (file,) = find_inputs([f"{server}/a.jsonl"])
     count, marks = index_rows(file, "text", None)
     assert count == MARKS + 9
@@ -124,7 +118,6 @@ def test_reading_goes_on_in_the_middle(server: str) -> None:
 
 @pytest.mark.parametrize("server", [WholeFiles], indirect=True)
 def test_a_server_that_gives_whole_files_only(server: str) -> None:
-    needs_aiohttp()
     (file,) = find_inputs([f"{server}/a.jsonl"])
     with pytest.raises(CorpusError, match=r"can no longer be read: .* put simplecache:: before"):
         next(iter(Rows([file], start=Position(1, 0, 1, 16))))
@@ -134,14 +127,12 @@ def test_a_server_that_gives_whole_files_only(server: str) -> None:
 
 @pytest.mark.parametrize("server", [Silent], indirect=True)
 def test_a_server_that_tells_no_lengths(server: str) -> None:
-    needs_aiohttp()
     with pytest.raises(CorpusError, match=r"no length of http.*/b.txt; put simplecache:: before"):
         find_inputs([f"{server}/b.txt"])
     assert texts(f"simplecache::{server}/b.txt")[0] == "b 0"
 
 
 def test_what_no_server_answers(server: str) -> None:
-    needs_aiohttp()
     with pytest.raises(CorpusError, match=r"got http.*missing\.txt: 404"):
         find_inputs([f"{server}/missing.txt"])
     with pytest.raises(CorpusError, match=r"got http://127\.0\.0\.1:9/a\.txt: .*onnect"):
