@@ -388,13 +388,13 @@ GUARDS = (
     _guard(
         "calibration on given texts is unproven without them",
         "saved/verify.py",
-        'return None, "made with given texts',
-        'return True, "made with given texts',
+        "        if isinstance(texts, str):\n            return None, texts\n        model",
+        "        if isinstance(texts, str):\n            return True, texts\n        model",
         f"{VERIFY}::test_a_calibrated_model",
     ),
     _guard(
         "calibration on other texts proves nothing",
-        "saved/verify.py",
+        "saved/calibration_checks.py",
         "if texts_hash(texts) != record.sha256:",
         "if False:",
         f"{VERIFY}::test_a_calibrated_model",
@@ -402,17 +402,32 @@ GUARDS = (
     ),
     _guard(
         "a made-up calibration fails",
-        "saved/verify.py",
+        "saved/calibration_checks.py",
         "return (False if difference > rounding else None), told",
         "return None, told",
         f"{VERIFY}::test_a_model_calibrated_with_its_own_texts",
+        "saved/test_verify_folded.py::test_the_calibration_of_a_table_is_repeated",
+    ),
+    _guard(
+        "a made-up calibration of a static model fails",
+        "saved/calibration_checks.py",
+        "return verdict(max(of_rows, of_centre), made, gain, checks.encoding_error(wide))",
+        "return verdict(0.0, made, gain, checks.encoding_error(wide))",
+        "saved/test_verify_folded.py::test_the_calibration_of_a_table_is_repeated",
     ),
     _guard(
         "texts that are sampled again are bounded",
-        "saved/verify.py",
-        'return None, f"{record.texts} texts are not sampled again',
-        'return True, f"{record.texts} texts are not sampled again',
+        "saved/calibration_checks.py",
+        "elif record.texts > MAX_SAMPLED:",
+        "elif False:",
         f"{VERIFY}::test_a_model_calibrated_with_its_own_texts",
+    ),
+    _guard(
+        "weights of tokens are those that there are",
+        "model/metadata.py",
+        "if weights is not None and (layers != 0 or weights not in TOKEN_WEIGHTS):",
+        "if False:",
+        "saved/test_verify_folded.py::test_weights_of_tokens_that_are_unknown",
     ),
     _guard(
         "--base names the model of a filter",
@@ -683,12 +698,32 @@ GUARDS = (
         "if False:",
         f"{STRANGERS}::test_what_a_user_can_get_wrong",
     ),
-    _guard(
-        "settings of generation are a stranger's",
-        "model/sampling.py",
-        "    model.generation_config = GenerationConfig(eos_token_id=ends)\n",
-        "",
-        "model/test_sampling.py::test_settings_of_the_checkpoint_do_not_shape_the_texts",
+    *(
+        _guard(
+            f"settings of generation are a stranger's: {what}",
+            "model/sampling.py",
+            old,
+            new,
+            "model/test_sampling.py::test_settings_of_the_checkpoint_do_not_shape_the_texts",
+            *(
+                f"model/test_sampling.py::test_no_setting_of_a_stranger_reaches_the_sampler[{one}]"
+                for one in names
+            ),
+        )
+        for what, old, new, names in (
+            (
+                "none reaches the sampler",
+                "    model.generation_config = GenerationConfig(eos_token_id=ends)\n",
+                "",
+                ("generation_config.json-new tokens", "generation_config.json-a time"),
+            ),
+            (
+                "one error for those that are none",
+                '@reading("the language model", CalibrationError, "write texts to calibrate on")\n',
+                "",
+                ("generation_config.json-an end of words", "generation_config.json-a cache"),
+            ),
+        )
     ),
     _guard(
         "max_seq_length is a length",
@@ -718,12 +753,123 @@ GUARDS = (
         "            pass\n",
         f"{STRANGERS}::test_what_a_user_can_get_wrong",
     ),
+    *(
+        _guard(
+            what,
+            "files/staging.py",
+            old,
+            new,
+            f"{STRANGERS}::test_what_a_user_can_get_wrong",
+            f"{STRANGERS}::test_a_home_that_cannot_be_written",
+        )
+        for what, old, new in (
+            (
+                "an output that is a folder",
+                "        if os.path.isdir(file):\n",
+                "        if False:\n",
+            ),
+            (
+                "a cache, a home or a results file that cannot be written",
+                "except (OSError, ValueError) as error:  # a name too long",
+                "except ValueError as error:  # a name too long",
+            ),
+            (
+                "a folder whose name is too long",
+                "    if os.path.isdir(target):  # False",
+                "    if target.is_dir():  # False",
+            ),
+        )
+    ),
+    *(
+        _guard(
+            f"a name of 300 letters: {what}",
+            file,
+            old,
+            new,
+            f"{STRANGERS}::test_what_a_user_can_get_wrong",
+        )
+        for what, file, old, new in (
+            ("any command", "cli/app.py", "os.path.isdir(model)", "Path(model).is_dir()"),
+            (
+                "a model",
+                "unembedding/gguf.py",
+                "if not os.path.isdir(path) or any",
+                "if not path.is_dir() or any",
+            ),
+            (
+                "a corpus of the lens",
+                "lens/counts.py",
+                "    if not os.path.isfile(path):",
+                "    if not path.is_file():",
+            ),
+            (
+                "data",
+                "evaluation/data.py",
+                "if os.path.isfile(place / name)), None)",
+                "if (place / name).is_file()), None)",
+            ),
+        )
+    ),
     _guard(
-        "an output that is a folder, a cache that cannot be written",
-        "files/staging.py",
-        "        if file.is_dir():\n",
-        "        if False:\n",
-        f"{STRANGERS}::test_what_a_user_can_get_wrong",
+        "a corrupt gzip body, of data",
+        "evaluation/data.py",
+        "    with reading(path, DataError):\n        try:",
+        "    if True:\n        try:",
+        "evaluation/test_data.py::test_bad_files",
+    ),
+    _guard(
+        "a corrupt gzip body, of a corpus",
+        "corpus/inputs.py",
+        "    except Exception as error:  # whatever a parser or a file system raises\n",
+        "    except ValueError as error:  # whatever a parser or a file system raises\n",
+        "corpus/test_inputs.py::test_an_input_whose_middle_is_damaged",
+        "corpus/test_inputs.py::test_an_input_that_breaks_off_or_vanishes",
+    ),
+    _guard(
+        "results that are no UTF-8",
+        "saved/results.py",
+        "    with reading(path, DataError):\n",
+        "    if True:\n",
+        "evaluation/test_output.py::test_results_that_are_no_text",
+    ),
+    _guard(
+        "results: counts of 10^30",
+        "saved/results.py",
+        "(type(value) is int and abs(value) >= 2**53)",
+        "False",
+        "evaluation/test_output.py::test_results_that_are_no_text",
+    ),
+    _guard(
+        "half a surrogate in an id",
+        "corpus/inputs.py",
+        "and not key.isascii() and not _encodes(key):",
+        "and False:",
+        "corpus/test_inputs.py::test_bad_rows_of_tables_and_parquet",
+    ),
+    *(
+        _guard(
+            f"a column that is named twice: {what}",
+            file,
+            old,
+            new,
+            "corpus/test_inputs.py::test_a_column_that_is_named_twice",
+        )
+        for what, file, old, new in (
+            (
+                "Parquet",
+                "corpus/columns.py",
+                "if any(schema.names.count(name) > 1 for",
+                "if any(False for",
+            ),
+            ("tables", "corpus/lines.py", "if header.count(name) > 1:", "if False:"),
+        )
+    ),
+    _guard(
+        "a GGUF file of another width",
+        "saved/gguf_out.py",
+        "if like is not None and like.shape[1] != shape[1]:",
+        "if False:",
+        "saved/test_gguf_out.py::test_a_file_of_another_width_is_refused",
     ),
     _guard(
         "counts of tokens: astronomical numbers",

@@ -201,7 +201,7 @@ def quiet_libraries(model: str | Path, quiet: bool) -> None:
     Must run before they are imported: they read the environment then. Downloads keep their bars
     unless the user asked for quiet.
     """
-    if quiet or Path(model).is_dir():
+    if quiet or os.path.isdir(model):
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if quiet:

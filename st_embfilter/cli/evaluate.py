@@ -151,7 +151,7 @@ def evaluate(
         folded=any(name.partition(":")[0] == FOLDED for name in band or ()),
         show_progress_bar=not quiet,
     )
-    if output is None and not search and raw.layer is not None and Path(model).is_dir():
+    if output is None and not search and raw.layer is not None and os.path.isdir(model):
         output = Path(model, RESULTS_FILE)
     tasks = [*data.local, *_mteb_tasks(raw, names)]
     how: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -161,7 +162,7 @@ def _counts(
 ) -> TokenCounts:
     from st_embfilter.lens.counts import TokenCounts, count_tokens
 
-    if file is not None and file.exists():
+    if file is not None and os.path.exists(file):
         for _ in texts:  # the sample is still to be drawn
             pass
         return TokenCounts.load(file)
@@ -190,7 +191,7 @@ def _write(
 
 def _name(model: str) -> str:
     folder = Path(model)
-    return folder.resolve().name if folder.is_dir() else model
+    return folder.resolve().name if os.path.isdir(folder) else model
 
 
 def _print(found: LensReport) -> None:

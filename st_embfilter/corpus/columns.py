@@ -12,6 +12,8 @@ def find_column(schema: Any, path: str, where: str) -> list[str]:
     """The names that lead to a column."""
     import pyarrow as pa
 
+    if any(schema.names.count(name) > 1 for name in (path, path.split(".", maxsplit=1)[0])):
+        raise CorpusError(f"{where} must have every column once, got {path!r} twice; rename one")
     if path in schema.names:
         return [path]
     names, kind = path.split("."), schema

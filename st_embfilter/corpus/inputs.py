@@ -251,6 +251,8 @@ class Rows:
             key = number
         elif not reason and (not isinstance(key, str | int) or isinstance(key, bool)):
             reason = f"an id must be a string or an integer, got {type(key).__name__}"
+        elif not reason and isinstance(key, str) and not key.isascii() and not _encodes(key):
+            reason = "broken UTF-8 in the id"
         if reason or not isinstance(value, str) or not isinstance(key, str | int):
             return Row(number, file, place, None, None, reason)
         return Row(number, file, place, key, value)

@@ -64,6 +64,8 @@ def table_records(
     for name in wanted:
         if name not in header:
             raise CorpusError(f"{url} must have the column {name!r}, got {', '.join(header)[:200]}")
+        if header.count(name) > 1:
+            raise CorpusError(f"{url} must have every column once, got {name!r} twice; rename one")
     places = [header.index(name) for name in wanted]
     while True:
         try:

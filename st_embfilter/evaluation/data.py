@@ -117,7 +117,7 @@ def beir_files(folder: str | os.PathLike[str], split: str = "test") -> tuple[Pat
         ("queries.jsonl", "queries.jsonl.gz"),
         (f"qrels/{split}.tsv", f"qrels-{split}.tsv", "qrels.tsv"),
     ):
-        file = next((place / name for name in names if (place / name).is_file()), None)
+        file = next((place / name for name in names if os.path.isfile(place / name)), None)
         if file is None:
             raise DataError(f"a BEIR folder must hold {' or '.join(names)}, got none in {place}")
         found.append(file)

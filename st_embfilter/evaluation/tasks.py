@@ -357,7 +357,7 @@ def _top(scores: NDArray[np.float32], ids: NDArray[np.str_], k: int) -> list[str
 
 def _table(folder: Path, name: str) -> Path:
     for suffix in (".csv", ".tsv", ".csv.gz", ".tsv.gz"):
-        if (folder / f"{name}{suffix}").is_file():
+        if os.path.isfile(folder / f"{name}{suffix}"):
             return folder / f"{name}{suffix}"
     raise DataError(f"a classification folder must hold {name}.csv or {name}.tsv, got {folder}")
 
@@ -366,9 +366,9 @@ def _info(
     path: Path, name: str | None, task_type: str, metric: str, files: Sequence[Path]
 ) -> TaskInfo:
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise DataError(f"the file must exist, got {file}")
-    stem = path.name.split(".")[0] if path.is_file() else path.resolve().name
+    stem = path.name.split(".")[0] if os.path.isfile(path) else path.resolve().name
     split = next((part for part in ("test", "dev", "train") if part in stem), "all")
     return TaskInfo(
         name or stem,

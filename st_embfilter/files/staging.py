@@ -75,7 +75,7 @@ def check_file(file: Path) -> None:
         OutputError: If the file is a folder, or its folder cannot be written to.
     """
     try:
-        if file.is_dir():
+        if os.path.isdir(file):
             raise OutputError(f"the output must be a file, got the folder {file}")
         file.absolute().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.absolute().parent):
@@ -93,7 +93,7 @@ def written_file(target: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]
     Raises:
         OutputError: If the target is a folder, is there already, or cannot be written.
     """
-    if target.is_dir() or (target.exists() and not overwrite):
+    if os.path.isdir(target) or (os.path.exists(target) and not overwrite):
         raise OutputError(
             f"the output must be a file that is not there yet, got {target}; choose another or "
             "pass overwrite (--overwrite)"
@@ -146,7 +146,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: If it exists and is not empty, or is no model folder to overwrite.
     """
-    if target.is_dir():
+    if os.path.isdir(target):  # False, where pathlib fails at a name too long
         if not any(target.iterdir()):
             return
         if not overwrite:
@@ -159,7 +159,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
                 f"only a model folder (with {' or '.join(_OURS)}) is overwritten, got {target}; "
                 "remove it yourself if you mean it"
             )
-    elif target.exists():
+    elif os.path.exists(target):
         raise OutputError(f"the output must be a folder, got the file {target}")
 
 

@@ -229,8 +229,8 @@ def read_texts(source: str, column: str | None = None, *, split: str = "train") 
     """
     path = Path(source)
     suffix = path.suffix.lower()
-    if not path.is_file():
-        if path.exists() or suffix in (".txt", ".jsonl", *_BUILDERS):
+    if not os.path.isfile(path):
+        if os.path.exists(path) or suffix in (".txt", ".jsonl", *_BUILDERS):
             raise CorpusError(f"a corpus must be a file or a dataset's Hub id, got {source}")
         rows = _dataset(source, column, split=split)
     elif suffix in _BUILDERS:

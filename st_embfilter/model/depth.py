@@ -7,7 +7,7 @@ model. Checkpoints are cut in `cut`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -27,6 +27,14 @@ _SHARED: Final = "num_kv_shared_layers"
 #: Lists that may have as many entries as there are blocks by chance.
 _NOT_BY_LAYER: Final = re.compile(r".*token_ids?|architectures|.*section")
 
+#: Weight of a token by its rank r >= 0 in a vocabulary of V, from the most frequent on. The order
+#: of a vocabulary is roughly that of frequency, so no data is needed. "zipf" is log(2 + r); "sif"
+#: is a / (a + p) of Arora et al. 2017 with a = 1e-3 and p by Zipf's law.
+TOKEN_WEIGHTS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
+    "zipf": lambda rank: (rank + 2).log(),
+    "sif": lambda rank: 1e-3 / (1e-3 + (rank + 2).reciprocal() / (rank + 2).reciprocal().sum()),
+}
+
 
 @dataclass(frozen=True)
 class Depth:
@@ -35,7 +43,7 @@ class Depth:
     Attributes:
         layers: Number of blocks that are kept; 0 for the token embeddings alone.
         of: Number of blocks that the language model has.
-        token_weights: With 0 layers, how tokens are weighted, see `static`.
+        token_weights: With 0 layers, how tokens are weighted: None or a key of `TOKEN_WEIGHTS`.
     """
 
     layers: int

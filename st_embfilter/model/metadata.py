@@ -16,7 +16,7 @@ from typing import Any, Final, get_args
 import torch
 
 from st_embfilter.errors import BandError, DepthError, FormatError, PromptError
-from st_embfilter.model.depth import Depth
+from st_embfilter.model.depth import TOKEN_WEIGHTS, Depth
 from st_embfilter.model.prompts import recipe_from_dict
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.whitening import Calibration, Source
@@ -223,6 +223,11 @@ def _depth(value: object) -> Depth | None:
     record = _object(value, "depth")
     layers, of = _typed(record, "layers", int), _typed(record, "of", int)
     weights = _typed(record, "token_weights", str, None)
+    if weights is not None and (layers != 0 or weights not in TOKEN_WEIGHTS):
+        raise FormatError(
+            f"{METADATA_FILE}: token_weights must be null or, with 0 layers, one of "
+            f"{', '.join(TOKEN_WEIGHTS)}, got {weights!r:.80} with {layers} layers"
+        )
     try:
         return replace(Depth.parse(layers, of), token_weights=weights)
     except DepthError as error:

@@ -7,7 +7,6 @@ one table (V, k), which sentence-transformers loads as `StaticEmbedding`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -17,15 +16,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from st_embfilter.errors import DepthError
+from st_embfilter.model.depth import TOKEN_WEIGHTS
 from st_embfilter.model.metadata import FilterMetadata
-
-#: Weight of a token by its rank r >= 0 in a vocabulary of V, from the most frequent on. The order
-#: of a vocabulary is roughly that of frequency, so no data is needed. "zipf" is log(2 + r); "sif"
-#: is a / (a + p) of Arora et al. 2017 with a = 1e-3 and p by Zipf's law.
-TOKEN_WEIGHTS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
-    "zipf": lambda rank: (rank + 2).log(),
-    "sif": lambda rank: 1e-3 / (1e-3 + (rank + 2).reciprocal() / (rank + 2).reciprocal().sum()),
-}
 
 _TOKENS_AT_A_TIME: Final = 4096
 _METADATA: Final = "embfilter_metadata"

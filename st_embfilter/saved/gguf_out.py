@@ -124,14 +124,15 @@ def export_gguf(
         head = file.tensors.get(OUTPUT, file.tensors[INPUT])
         gain = file.rows(file.tensors[FINAL_NORM]).to(torch.float64)
         shape = (head.shape[0], head.shape[1])
+        if like is not None and like.shape[1] != shape[1]:
+            raise FormatError(
+                f"the GGUF file must be of the model that the filter was made from, "
+                f"{like.shape[1]} wide, got one {shape[1]} wide; give the file of that model"
+            )
         width = chosen.width(shape[1])
         spectrum = folded_spectrum(partial(file.rows, head), shape, gain)
         rotation = rotation_of(spectrum, chosen)
         if like is not None:
-            if like.shape[1] != len(gain):
-                raise FormatError(
-                    f"a filter must be as wide as the GGUF model, {len(gain)}, got {like.shape[1]}"
-                )
             _check_like(like * gain, rotation[:width])
         arch = file.metadata["general.architecture"]
         keys: dict[str, int | str] = {

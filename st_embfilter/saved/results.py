@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from st_embfilter.errors import DataError, EmbedFilterError
 from st_embfilter.files.staging import replace_file
-from st_embfilter.text import read_json
+from st_embfilter.text import read_json, reading
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,8 +110,9 @@ class Result:
             value = row.get(name)
             if value is None and not required:
                 continue
-            if not isinstance(value, kinds) or (type(value) is bool and bool not in kinds):
-                raise error(f"{where}: a result needs a valid {name!r}, got {value!r}")
+            fits = isinstance(value, kinds) and (type(value) is not bool or bool in kinds)
+            if not fits or (type(value) is int and abs(value) >= 2**53):
+                raise error(f"{where}: a result needs a valid {name!r}, got {value!r:.80}")
             values[name] = value
         if not -1.0 <= values["score"] <= 1.0:
             raise error(
@@ -163,10 +164,8 @@ def read_results(file: str | os.PathLike[str]) -> list[Result]:
         DataError: Names the file and the line.
     """
     path = Path(file)
-    try:
+    with reading(path, DataError):
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"the results must be readable, got {error}") from error
     return list(parse_results(text, str(path), DataError))
 
 

@@ -91,6 +91,17 @@ def check_tokenizer(path: Path | None, tokenizer: Tokenizer) -> tuple[bool, str]
     return same, "that of the language model" if same else "not that of the language model"
 
 
+def table_of(path: Path | None) -> Tensor:
+    """The table of a static model, (V, k).
+
+    Raises:
+        FormatError: If there is none.
+    """
+    with reading(TABLE_FILE, FormatError), safe_open(path or "", framework="pt") as file:
+        table: Tensor = file.get_tensor(TABLE)
+    return table
+
+
 def check_table_rows(
     path: Path | None,
     metadata: FilterMetadata,
@@ -113,8 +124,7 @@ def check_table_rows(
     Raises:
         FormatError: If there is no table.
     """
-    with reading(TABLE_FILE, FormatError), safe_open(path or "", framework="pt") as file:
-        table = file.get_tensor(TABLE)
+    table = table_of(path)
     if tuple(table.shape) != (len(states), metadata.k):
         return False, f"shape {tuple(table.shape)}, not {(len(states), metadata.k)}"
     indices = torch.as_tensor(metadata.band.indices(spectrum.d))

@@ -6,21 +6,25 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
 
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from st_embfilter.errors import EmbedFilterError, FormatError, HubError
 from st_embfilter.files.folder import ModelFiles, links_out
-from st_embfilter.model.calibrate import calibrate_filter, generic_texts
 from st_embfilter.model.depth import text_config
 from st_embfilter.model.find import find_filter
 from st_embfilter.model.layer import EmbedFilterLayer, read_filter
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
-from st_embfilter.model.sampling import sample_texts
-from st_embfilter.saved import baked_checks, checks, file_checks, layout, static_checks
+from st_embfilter.saved import (
+    baked_checks,
+    calibration_checks,
+    checks,
+    file_checks,
+    layout,
+    static_checks,
+)
 from st_embfilter.saved.card_rules import check_card, stated_base
 from st_embfilter.saved.checks import Check, attempt, measured_spectrum
 from st_embfilter.saved.load import load, read_saved
@@ -29,18 +33,9 @@ from st_embfilter.saved.runtimes import older_layout
 from st_embfilter.saved.static import check_table
 from st_embfilter.spectrum.gram import Precision
 from st_embfilter.spectrum.spectrum import Spectrum
-from st_embfilter.spectrum.whitening import different_texts, texts_hash
-from st_embfilter.text import first_line, shown
+from st_embfilter.text import shown
 from st_embfilter.unembedding.matrix import Unembedding
 from st_embfilter.unembedding.source import Source
-
-#: A calibration counts as repeated if the maps differ by at most this, relative. A choice of what
-#: is proven, which no processor turns into a failure: above it, and as far as the rounding of
-#: embeddings may go by theory (`calibration_error`), nothing is said.
-CALIBRATION_TOLERANCE: Final = 1e-2
-
-#: More texts than this are not sampled again: it would take a day.
-MAX_SAMPLED: Final = 65_536
 
 
 def verify(
@@ -138,6 +133,9 @@ class _Job:
         try:
             baked = baked_checks.find_baked(self.files)
             found = None if baked is not None else find_filter(self.source)
+        except FormatError as error:
+            table = self.files.path(static_checks.TABLE_FILE)
+            return None if table is None else [Check("files", False, str(error))]
         except EmbedFilterError:
             return None
         if baked is not None:
@@ -177,9 +175,30 @@ class _Job:
             "rows",
             lambda: static_checks.check_table_rows(table, metadata, states, matrix, gain),
         )
-        if metadata.calibration is not None:
-            told = "not repeated, as its matrix is folded into the table"
-            yield Check("calibration", None, told)
+        record = metadata.calibration
+        if record is None:
+            return
+
+        def calibration() -> tuple[bool | None, str]:
+            if not self.rebuild:
+                return None, calibration_checks.NOT_REPEATED
+            texts = calibration_checks.texts_of(
+                record, base, self.texts, show_progress_bar=self.bar
+            )
+            if isinstance(texts, str):
+                return None, texts
+            return calibration_checks.check_table_calibration(
+                static_checks.table_of(table),
+                states,
+                tokenizer,
+                matrix.projection(metadata.band),
+                metadata,
+                texts,
+                gain,
+                show_progress_bar=self.bar,
+            )
+
+        yield attempt("calibration", calibration)
 
     def _baked(self, metadata: FilterMetadata) -> Iterator[Check]:
         """A folder with rotated weights: by itself, then against the model it was made of."""
@@ -328,36 +347,17 @@ class _Job:
         """Repeats the calibration of a filter; `turned` is the filter without a folded gain."""
         record = layer.metadata.calibration
         if record is None or not self.rebuild:
-            return None, "not repeated; with --rebuild it is"
+            return None, calibration_checks.NOT_REPEATED
         if self.code and not self.source.trust_remote_code:
             # Its code may be ours, but trust would let other code of the folder run too.
             return None, f"runs {', '.join(self.code)}; with --trust-remote-code it is repeated"
         if alone:
             return None, "needs the model that the filter was calibrated in; verify that one"
-        if self.texts is not None:
-            texts = different_texts(self.texts)
-        elif record.source == "generic":
-            texts = generic_texts(record.texts)
-        elif record.source != "self":
-            return None, "made with given texts, which the model does not hold; give them (--texts)"
-        elif record.texts > MAX_SAMPLED:
-            return None, f"{record.texts} texts are not sampled again, only up to {MAX_SAMPLED}"
-        else:
-            try:
-                texts = sample_texts(
-                    self.source,
-                    record.texts,
-                    seed=record.seed or 0,
-                    show_progress_bar=self.bar,
-                )
-            except (EmbedFilterError, OSError, ValueError) as error:
-                return None, f"cannot sample again: {first_line(error)}; give the texts (--texts)"
-        if texts_hash(texts) != record.sha256:
-            if self.texts is not None:
-                return None, "the texts given are not those that it was made with"
-            if record.source == "generic":
-                return None, "other texts come with this version; give those that it was made with"
-            return None, "sampling gives other texts with these library versions or this machine"
+        texts = calibration_checks.texts_of(
+            record, self.source, self.texts, show_progress_bar=self.bar
+        )
+        if isinstance(texts, str):
+            return None, texts
         model = load(self.source, device="cpu")
         projection = checks.directions_of(turned)
         bare = EmbedFilterLayer(
@@ -365,24 +365,13 @@ class _Job:
             replace(layer.metadata, calibration=None),
         )
         modules = [bare if isinstance(m, EmbedFilterLayer) else m for m in model.children()]
-        again = calibrate_filter(
-            SentenceTransformer(modules=modules, device="cpu"),
-            texts,
-            strength=record.strength,
-            seed=record.seed,
-            show_progress_bar=self.bar,
-        )
-        made = next(m for m in again.children() if isinstance(m, EmbedFilterLayer))
+        plain = SentenceTransformer(modules=modules, device="cpu")
+        made = calibration_checks.repeated(plain, texts, record, show_progress_bar=self.bar)
         difference = max(
             float((value - layer.weights()[key]).norm() / value.norm())
             for key, value in made.weights().items()
         )
-        if difference <= CALIBRATION_TOLERANCE:
-            return True, f"repeated, to {difference:.1e}"
-        whole = made if gain is None else checks.unfolded(made, gain)
-        rounding = checks.calibration_error(whole, checks.encoding_error(model))
-        told = f"repeated, differs by {difference:.1e}, rounding explains {rounding:.1e}"
-        return (False if difference > rounding else None), told
+        return calibration_checks.verdict(difference, made, gain, checks.encoding_error(model))
 
 
 class _UnknownError(EmbedFilterError):

@@ -8,6 +8,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -95,7 +96,7 @@ class GGUFFile:
                 version that is known.
         """
         library()
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
             raise UnembeddingError(f"a GGUF model must be a file, got something else: {path}")
         try:
             with path.open("rb") as file:
@@ -267,9 +268,9 @@ def find_gguf(path: Path) -> Path | None:
     Raises:
         UnembeddingError: If the folder holds several and no other checkpoint.
     """
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and os.path.isfile(path):
         return path
-    if not path.is_dir() or any(path.glob("*config.json")):
+    if not os.path.isdir(path) or any(path.glob("*config.json")):
         return None
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:

@@ -197,6 +197,9 @@ def test_a_run_that_was_interrupted_goes_on(place: Path, copy: Path) -> None:
         ("build nope.gguf -o {out}", "a GGUF file must exist, got nope.gguf; check the path"),
         ("build {lm} -o {out} --device gpu", "must be a device that torch has here"),
         ("build {lm} -o {out} --device meta:x", "must be a device that torch has here"),
+        ("build {lm} -o {out} --device cuda:99", "must be a device that torch has here"),
+        ("eval {lm} --sts {pairs} --device gpu", "must be a device that torch has here"),
+        ("bench {lm} --texts {pairs} --device cuda:99", "must be a device that torch has here"),
         ("build {lm} -o {out} --band random:99999999999999999999", r"seed must be in \[0, 2\*\*63"),
         ("build {lm} -o {out} --band optimal", "lens MODEL --band optimal"),
         ("build {lm} -o {out} --band offset:" + "9" * 5000, "band must look like"),
@@ -206,10 +209,32 @@ def test_a_run_that_was_interrupted_goes_on(place: Path, copy: Path) -> None:
         ("eval {lm} --sts {pairs} --figure {lm}", "the output must be a file, got the folder"),
         ("eval {lm} --sts {pairs} -o {pairs}/rows.jsonl", "cannot write"),
         ("eval {lm} --sts {pairs} --cache {pairs}", "cannot write"),
+        ("eval {lm} --sts {pairs} --cache {long}", "cannot write"),
+        ("eval {lm} --sts {pairs} -o {long}", "cannot write"),
+        ("eval {lm} --sts {long}.csv", "must (be readable|exist)"),
+        ("eval {lm} --retrieval {long}", "must hold"),
+        ("eval {lm} --classification {long}", "must"),
+        ("eval {lm} --clustering {long}.txt", "must"),
+        ("eval {long} --sts {pairs}", "must exist"),
+        ("build {long} -o {out}", "must exist"),
+        ("build {long}.gguf -o {out}", "must exist"),
+        ("build {lm} -o {long}", "cannot write"),
+        ("inspect {long}", ""),
+        ("verify {long}", "FAILED"),
+        ("card {long}", ""),
+        ("lens {long} w20", "must exist"),
+        ("lens {lm} w20 --corpus {long}.txt", ""),
+        ("encode {saved} {long}.txt -o {out}", "inputs must"),
+        ("encode {saved} {texts} -o {long}", "cannot|must"),
+        ("apply {saved} {long}.npy -o {out}", ""),
+        ("export {saved} --baked {long}", "cannot write|folded"),
+        ("export {long}.gguf --gguf {out}", ""),
+        ("bench {lm} --texts {long}", "must (be readable|exist)"),
     ],
 )
 def test_what_a_user_can_get_wrong(place: Path, tmp_path: Path, command: str, says: str) -> None:
     paths = {"lm": place / "lm", "pairs": place / "pairs.csv", "out": tmp_path / "out"}
+    paths |= {"saved": place / "saved", "texts": place / "texts.txt", "long": Path("x" * 300)}
     said = check(cli(*(word.format(**paths) for word in command.split())), 1, 2)
     assert re.search(says, said), said
     assert len(said) < 1000

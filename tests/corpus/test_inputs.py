@@ -117,6 +117,12 @@ def test_bad_rows_keep_their_numbers(tmp_path: Path) -> None:
 def test_bad_rows_of_tables_and_parquet(tmp_path: Path) -> None:
     table = tmp_path / "a.csv"
     table.write_bytes(b'text,id\n"two\nlines",1\n\xff,2\nlonely\n\nend,4\n')
+    broken_id = tmp_path / "b.csv"
+    broken_id.write_bytes(b"text,id\nfirst,\xff\nend,4\n")
+    assert [(row.id, row.reason) for row in rows(broken_id, id="id")] == [
+        (None, "broken UTF-8 in the id"),
+        ("4", ""),
+    ]
     assert [(row.text, row.reason) for row in rows(table)] == [
         ("two\nlines", ""),
         (None, "broken UTF-8"),
@@ -229,6 +235,30 @@ def truncated(tmp_path: Path) -> Input:
     path = write(tmp_path, "a.jsonl.gz", [f"{i} " * 50 for i in range(9999)])
     path.write_bytes(path.read_bytes()[:-2000])
     return find_inputs([path])[0]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_an_input_whose_middle_is_damaged(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, name, [f"{i} {i * i}" for i in range(999)])
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(64)
+    path.write_bytes(data)
+    with pytest.raises(CorpusError, match="can no longer be read"):
+        list(rows(path))
+
+
+@pytest.mark.parametrize("column", ["text", "id"])
+def test_a_column_that_is_named_twice(tmp_path: Path, column: str) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["text", "id", column])
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text(f"text,id,{column}\na,b,c\n")
+    told = f"every column once, got '{column}' twice"
+    for name in ("a.parquet", "a.csv"):
+        with pytest.raises(CorpusError, match=told):
+            list(rows(tmp_path / name, id="id"))
+    with pytest.raises(CorpusError, match=told):
+        id_type(find_inputs([tmp_path / "a.parquet"]), column)
 
 
 def test_an_input_that_breaks_off_or_vanishes(tmp_path: Path, truncated: Input) -> None:

@@ -74,9 +74,16 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "latin.csv").write_bytes("a,b,1\nd\xe9,e,2\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin.csv, line 2: must be UTF-8"):
         STSTask.read(tmp_path / "latin.csv")
-    (tmp_path / "broken.csv.gz").write_bytes(gzip.compress(b"a,b,1\n" * 99)[:-9])
-    with pytest.raises(DataError, match=r"broken.csv.gz must be readable"):
-        STSTask.read(tmp_path / "broken.csv.gz")
+    whole = gzip.compress(b"".join(b"a%d,b,1\n" % i for i in range(999)))
+    for damaged in (
+        whole[:-9],
+        whole[:99] + bytes(64) + whole[163:],
+        whole[:-4] + b"abcd",
+        b"\x1f",
+    ):
+        (tmp_path / "broken.csv.gz").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"broken.csv.gz must be readable"):
+            STSTask.read(tmp_path / "broken.csv.gz")
     with pytest.raises(DataError, match=r"a table must be a .csv or .tsv file, got .*pairs.json"):
         STSTask.read(write(tmp_path, pairs__json="[]") / "pairs.json")
     with pytest.raises(DataError, match=r"empty.txt must hold at least 1 texts, got 0"):

@@ -1,5 +1,6 @@
 """Figures, the storage table, and the commands `eval` and `bench`."""
 
+import gzip
 import json
 import re
 import sys
@@ -227,6 +228,21 @@ def test_eval(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     )  # fmt: skip
     assert again.exit_code == 0, again.output
     assert len(files[1].read_text().splitlines()) == 3
+
+
+def test_results_that_are_no_text(tmp_path: Path) -> None:
+    for content in (b"\xff\xfe{}", b'{"task": "\xff"}', b"\0\0", gzip.compress(b"{}")):
+        (tmp_path / "rows.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match=r"rows\.jsonl"):
+            read_results(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="must be readable"):
+        read_results(tmp_path)
+    huge = {"task": "a", "dataset": "a", "split": "a", "metric": "a", "configuration": "a"}
+    for key, value in (("dims", 10**30), ("units", 10**30), ("score", 10**400), ("score", -7)):
+        row = {**huge, "dims": 4, "score": 0.5, key: value}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        with pytest.raises(DataError, match=f"line 1: .*{key}"):
+            read_results(tmp_path / "rows.jsonl")
 
 
 def test_eval_of_a_filtered_folder_leaves_results_for_its_card(place: Path) -> None:

@@ -41,6 +41,56 @@ def test_settings_of_the_checkpoint_do_not_shape_the_texts(make_lm: MakeLM) -> N
     assert sample_texts(folder, 16, max_new_tokens=4, show_progress_bar=False) == expected
 
 
+#: Of those below, what transformers or the sampler refuses.
+REFUSED = {
+    "a cache", "an end of words", "an end of 10^30", "an end below zero", "ends in lists",
+    "a padding of 10^30", "beams in words", "a temperature in words", "a list",
+}  # fmt: skip
+
+#: Settings of generation that would take all memory or run for ever, and such as are none.
+STRANGE: dict[str, dict[str, object]] = {
+    "many texts": {"num_return_sequences": 100_000, "do_sample": True},
+    "many beams": {"num_beams": 100_000},
+    "groups of beams": {"num_beams": 100_000, "num_beam_groups": 50_000, "diversity_penalty": 1.0},
+    "a length": {"max_length": 10**12},
+    "new tokens": {"max_new_tokens": 10**12, "min_new_tokens": 10**12},
+    "a time": {"max_time": 0.0},
+    "another model": {"assistant_early_exit": 1, "prompt_lookup_num_tokens": 10**9},
+    "words that may not come": {"bad_words_ids": [[i] for i in range(100)]},
+    "tokens that may not come": {"suppress_tokens": list(range(200))},
+    "a watermark": {"watermarking_config": {"bias": 1e9, "greenlist_ratio": 0.5}},
+    "code": {"custom_generate": "org/evil"},
+    "a cache": {"cache_implementation": "evil"},
+    "an end of words": {"eos_token_id": "x"},
+    "an end of 10^30": {"eos_token_id": 10**30},
+    "an end below zero": {"eos_token_id": -1},
+    "ends in lists": {"eos_token_id": [[1], [2]]},
+    "a padding of 10^30": {"pad_token_id": 10**30},
+    "beams in words": {"num_beams": "x"},
+    "a temperature in words": {"temperature": "x", "do_sample": True},
+    "a list": {"temperature": [1], "top_k": [], "num_return_sequences": {}},
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers warns before it fails
+@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_no_setting_of_a_stranger_reaches_the_sampler(
+    make_lm: MakeLM, name: str, file: str
+) -> None:
+    """The texts are as without it; or there is one error, where an end is none."""
+    folder, _ = make_lm()
+    expected = sample_texts(folder, 16, max_new_tokens=4, show_progress_bar=False)
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(settings | STRANGE[name]))
+    try:
+        found = sample_texts(folder, 16, max_new_tokens=4, show_progress_bar=False)
+    except CalibrationError:
+        assert name in REFUSED
+    else:
+        assert name in REFUSED or found == expected
+
+
 def test_a_model_that_only_ends(demo_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaForCausalLM
 

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
 
+import st_embfilter
+from st_embfilter.cli import app
 from st_embfilter.errors import EmbedFilterError, FormatError, OutputError, UnembeddingError
 from st_embfilter.saved.gguf_out import BAND_KEY, DIMENSIONS_KEY, export_gguf
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import spectrum_of_weight
-from tests.conftest import FLOAT32
+from tests.conftest import FLOAT32, tiny_lm
 
 SIZES = {
     "hidden_size": 64,
@@ -288,6 +291,22 @@ def test_a_filter_of_another_model_is_refused(tmp_path: Path) -> None:
     other = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0][:16]
     with pytest.raises(UnembeddingError, match="of the model that the filter was made from"):
         export_gguf(tmp_path / "in.gguf", tmp_path / "out.gguf", keep=16, like=other)
+
+
+def test_a_file_of_another_width_is_refused(tmp_path: Path) -> None:
+    """By the command, before anything of it is computed."""
+    tiny_lm(tmp_path / "lm", tie_word_embeddings=False)
+    model = st_embfilter.from_causal_lm(
+        tmp_path / "lm", norm="folded", device="cpu", show_progress_bar=False
+    )
+    saved = st_embfilter.save_pretrained(model, tmp_path / "saved")
+    write_gguf(tmp_path / "other.gguf", random_lm("llama", tied=True))
+    out, other = tmp_path / "out.gguf", tmp_path / "other.gguf"
+    command = ["export", str(saved), "--gguf", str(out), "--weights", str(other)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "32 wide, got one 64 wide" in " ".join(result.output.split())
+    assert list(tmp_path.glob("*out.gguf*")) == []
 
 
 MEMORY = """

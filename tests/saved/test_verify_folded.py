@@ -105,6 +105,45 @@ def test_a_calibrated_table(lm: Path, tmp_path: Path) -> None:
     assert results(folder, lm)["rows"] is False
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"calibrate": TEXTS},
+        {"calibrate": "generic", "token_weights": "sif", "calibration_strength": 1.0},
+        {"calibrate": "self", "norm": "folded", "dtype": None, "normalize": True},
+    ],
+)
+def test_the_calibration_of_a_table_is_repeated(
+    lm: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    options = {"layers": 0, "dtype": "float32", "calibration_size": 48, **options}
+    folder = build(lm, tmp_path / "static", **options)
+    given = TEXTS if options["calibrate"] is TEXTS else None
+    found = {check.name: check for check in verify(folder, base=lm, show_progress_bar=False)}
+    assert found["calibration"].passed is None
+    assert "--rebuild" in found["calibration"].detail
+    assert set(results(folder, lm, rebuild=True, texts=given).values()) == {True}
+    if given is not None:
+        found = {check.name: check for check in verify(folder, base=lm, rebuild=True)}
+        assert found["calibration"].passed is None
+        assert "--texts" in found["calibration"].detail
+    # One more symmetric positive affine map of the rows, which other texts might have made.
+    made_up = Path(shutil.copytree(folder, tmp_path / "made-up"))
+    tensor(TABLE, "embedding", lambda rows: rows * 1.5 + rows.float().mean().to(rows.dtype))(
+        made_up
+    )
+    forged = results(made_up, lm, rebuild=True, texts=given)
+    assert (forged["rows"], forged["calibration"]) == (True, False)
+
+
+def test_weights_of_tokens_that_are_unknown(static: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(static, tmp_path / "copy"))
+    edit("embfilter.json", lambda d: d["depth"].update(token_weights="evil"))(copy)
+    (found,) = verify(copy)
+    assert (found.name, found.passed) == ("files", False)
+    assert "token_weights must be null or, with 0 layers, one of zipf, sif" in found.detail
+
+
 def test_without_the_language_model_a_table_is_unproven(static: Path) -> None:
     found = results(static, None)
     assert found["unembedding"] is None
