@@ -127,8 +127,7 @@ class Recipe(ABC):
             tokenizer: Of the language model, or of one saved with a prompt.
             start: The ids at the very front, see `start`.
         """
-        split = [template.split(SLOT) for template in self.templates]
-        found = [[token_ids(tokenizer, piece) for piece in pieces] for pieces in split]
+        found = [[token_ids(tokenizer, piece) for piece in t.split(SLOT)] for t in self.templates]
         return [[start + before, *rest] for before, *rest in found]
 
     @abstractmethod
