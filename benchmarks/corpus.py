@@ -1,12 +1,14 @@
 """What a corpus costs beside `model.encode`, and how much memory a large file takes.
 
 python -m benchmarks.corpus MODEL [--texts 20000] [--ray]    # ratios of one run
+python -m benchmarks.corpus MODEL --texts 7000 --ray --row "the demo LM"  # a row of docs/corpus.md
 python -m benchmarks.corpus MODEL --file-gb 10               # resident memory on a generated file
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -19,10 +21,18 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.encode import texts
+from benchmarks.encode import REPOSITORY, texts
+from st_embfilter.corpus.work import WINDOW
 
 #: Bytes of each text of the large file; a model with 64 tokens reads the first few hundred.
 LONG = 1 << 21
+
+#: The page whose table `--row` writes, and the head of that table.
+PAGE = REPOSITORY / "docs" / "corpus.md"
+HEADER = """\
+| model | texts | `encode`, s | local | Ray | fixed, s | worker | services, of s on the clock |
+|-|-:|-:|-:|-:|-:|-:|-:|
+"""
 
 
 def resident() -> int:
@@ -90,7 +100,26 @@ class Below:
             self.seconds[kind] += self._taken[kind, pid]
 
 
-def ratios(name: str, count: int, repeat: int, ray: bool) -> None:
+def cluster(name: str, file: Path, output: Path) -> dict[str, float]:
+    """What the Ray engine takes with one worker and its own cluster: seconds of cores, by place.
+
+    "here" is this process, "clock" is no core.
+    """
+    import st_embfilter
+
+    start = time.process_time(), time.perf_counter()
+    with Below() as below:
+        # Shards of a window, the most that any engine sorts together, pad as `encode` does.
+        st_embfilter.encode_corpus(
+            name, [file], output, engine="ray", shard_rows=WINDOW, show_progress_bar=False
+        )
+        core, wall = since(start)
+    found = {"here": core, **below.seconds, "clock": wall}
+    print(f"ray, with the start of its cluster: {found}")
+    return found
+
+
+def ratios(name: str, count: int, repeat: int, ray: bool, row: str | None) -> None:
     """Seconds of `encode` on a list, of the command's function, and of the Ray engine."""
     import st_embfilter
     from st_embfilter.corpus.encoder import open_model
@@ -99,10 +128,12 @@ def ratios(name: str, count: int, repeat: int, ray: bool) -> None:
     model = open_model(Source.of(name))
     sample = texts(count)
     place = Path(tempfile.mkdtemp())
-    file = place / "texts.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in sample))
+    file, one = place / "texts.jsonl", place / "one.jsonl"
+    lines = [json.dumps({"text": text}) + "\n" for text in sample]
+    file.write_text("".join(lines))
+    one.write_text(lines[0])
     model.encode_document(sample[:100], show_progress_bar=False)
-    seconds: dict[str, list[tuple[float, float]]] = {"encode": [], "corpus": [], "ray": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"encode": [], "corpus": []}
     for turn in range(repeat):
         start = time.process_time(), time.perf_counter()
         expected = model.encode_document(sample, show_progress_bar=False)
@@ -112,29 +143,44 @@ def ratios(name: str, count: int, repeat: int, ray: bool) -> None:
             model, [file], place / f"local{turn}", show_progress_bar=False
         )
         seconds["corpus"].append(since(start))
-    if ray:
-        rows = -(-count // 8)
-        start = time.process_time(), time.perf_counter()
-        with Below() as below:
-            st_embfilter.encode_corpus(
-                name, [file], place / "ray", engine="ray", shard_rows=rows, show_progress_bar=False
-            )
-            core, wall = since(start)
-        seconds["ray"].append((core + sum(below.seconds.values()), wall))
-        print(
-            f"ray, with the start of its cluster: {core:.1f} s of a core here, "
-            f"{below.seconds['workers']:.1f} in workers, {below.seconds['rest']:.1f} in the rest"
-        )
+    spent = [cluster(name, path, place / path.stem) for path in (file, one) if ray]
+    for what, found in zip(("ray", "ray, one text"), spent, strict=False):
+        seconds[what] = [(total(found), found["clock"])]
     assert done.rows == len(expected) == count
     base = [min(column) for column in zip(*seconds["encode"], strict=True)]
     for what, runs in seconds.items():
-        if runs:
-            core, wall = (min(column) for column in zip(*runs, strict=True))
-            print(
-                f"{what:7} {core:8.2f} s of a core, {count / core:8.1f} texts/s, ratio "
-                f"{core / base[0]:.3f}; {wall:8.2f} s on the clock, ratio {wall / base[1]:.3f}"
-            )
+        core, wall = (min(column) for column in zip(*runs, strict=True))
+        print(
+            f"{what:13} {core:8.2f} s of a core, ratio {core / base[0]:.3f}; "
+            f"{wall:8.2f} s on the clock, ratio {wall / base[1]:.3f}"
+        )
+    if row is not None:
+        local = min(core for core, _ in seconds["corpus"])
+        write_row(f"| {row} | {count:,} |", base[0], local, spent)
     shutil.rmtree(place)
+
+
+def total(spent: dict[str, float]) -> float:
+    """Seconds of cores of all processes."""
+    return spent["here"] + spent["workers"] + spent["rest"]
+
+
+def write_row(key: str, encode: float, local: float, spent: list[dict[str, float]]) -> None:
+    """Writes a row of the table of docs/corpus.md, or that of the same model and texts anew."""
+    cells = [f"{encode:.1f}", f"{local / encode:.3f}"]
+    if spent:
+        more = {what: seconds - spent[1][what] for what, seconds in spent[0].items()}
+        polls = (more["here"] + more["rest"]) / more["clock"]
+        cells += [f"{total(spent[0]) / encode:.2f}", f"{total(spent[1]):.1f}"]
+        cells += [f"{more['workers'] / encode:.2f}", f"{100 * polls:.1f} % of {more['clock']:.0f}"]
+    else:
+        cells += ["-"] * 4
+    before, header, rest = PAGE.read_text("utf-8").partition(HEADER)
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), rest.splitlines(True)))
+    after = rest[sum(map(len, rows)) :]
+    kept = [line for line in rows if not line.startswith(key)]
+    kept.append(" ".join([key, *(f"{cell} |" for cell in cells)]) + "\n")
+    PAGE.write_text(before + header + "".join(kept) + after, encoding="utf-8")
 
 
 def memory(name: str, size: float) -> None:
@@ -185,13 +231,14 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=20_000)
     parser.add_argument("--repeat", type=int, default=2, help="best of N runs")
     parser.add_argument("--ray", action="store_true", help="also the Ray engine, one worker")
+    parser.add_argument("--row", metavar="NAME", help="write the result to docs/corpus.md as NAME")
     parser.add_argument("--file-gb", type=float, help="measure memory instead")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.file_gb:
         memory(args.model, args.file_gb)
     else:
-        ratios(args.model, args.texts, args.repeat, args.ray)
+        ratios(args.model, args.texts, args.repeat, args.ray, args.row)
 
 
 if __name__ == "__main__":

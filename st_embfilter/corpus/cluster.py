@@ -38,6 +38,10 @@ from st_embfilter.unembedding.source import Source
 #: a shard that needs more memory than there is kills every worker.
 _RETRIES: Final = 3
 
+#: How often a worker is started again. Ray would go on for ever where memory is too short to load
+#: the model; a run that ends goes on with the same command.
+_RESTARTS: Final = 16
+
 
 def encode_with_ray(
     source: Source,
@@ -86,7 +90,7 @@ def _run(
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised, as ours
     # The driver of a cluster may have no GPU, nor the memory for the model. On this machine it has
     # both, and saves a process that would import everything.
     looks = here and not gpus
@@ -126,6 +130,7 @@ def _run(
                     compute=ray.data.ActorPoolStrategy(min_size=workers[0], max_size=workers[1]),
                     num_gpus=gpus,
                     num_cpus=1,
+                    max_restarts=_RESTARTS,
                     max_task_retries=_RETRIES,
                 )
                 try:
