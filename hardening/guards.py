@@ -372,6 +372,14 @@ GUARDS = (
         *attacks("a spectrum forged outside", "a spectrum forged inside"),
     ),
     _guard(
+        "every prefix spans what is built anew",
+        "saved/checks.py",
+        "if angle > float(across.square().sum().sqrt()) + rounding:",
+        "if False:",
+        f"{VERIFY}::test_rows_in_another_order",
+        f"{VERIFY}::test_another_space",
+    ),
+    _guard(
         "what is absent is unproven",
         "saved/checks.py",
         'return None, "none is stored; save',
