@@ -17,7 +17,7 @@ from torch import Tensor
 
 from st_embfilter.errors import UnembeddingError
 from st_embfilter.files.folder import ModelFiles
-from st_embfilter.files.stored import StoredTensor
+from st_embfilter.files.stored import SafetensorsFile, StoredTensor
 from st_embfilter.text import read_json
 
 SAFETENSORS_FILE: Final = "model.safetensors"
@@ -64,6 +64,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, files: ModelFiles, places: dict[str, str]) -> None:
         self._files = files
         self._places = places
+        self._opened: dict[str, SafetensorsFile] = {}  # with a header each
 
     @property
     def names(self) -> frozenset[str]:
@@ -75,9 +76,11 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._places[name]
 
     def tensor(self, name: str) -> StoredTensor:
-        """The matrix of that name; only its header is read now."""
-        file = self._files.open(self._places[name])
-        return _shard(file, self._places[name], self._files).tensor(name)
+        """The matrix of that name; only the header of its file is read, at the first one."""
+        place = self._places[name]
+        if place not in self._opened:
+            self._opened[place] = _shard(self._files.open(place), place, self._files)
+        return self._opened[place].tensor(name)
 
 
 class TorchCheckpoint(Checkpoint):

@@ -210,7 +210,7 @@ def check_weights(
     turns = turn_bounds(exact, order).norm(dim=1)
     dtypes = {name: checkpoint.tensor(name).dtype for name in model.state_dict()}
     count = 0
-    for job in baked_tensors(base, config, rotation, dtypes):
+    for job in baked_tensors(base, config, residual_of(config), rotation, dtypes):
         stored = checkpoint.tensor(stored_name(model, checkpoint, job.name))
         found = stored.read_rows(0, stored.shape[0])
         if len(job.shape) == 1:

@@ -27,7 +27,7 @@ from st_embfilter.model.prompts import recipe_from_dict
 from st_embfilter.saved.load import read_saved
 from st_embfilter.text import read_json, write_json
 from st_embfilter.unembedding.head import meta_model, stored_name
-from st_embfilter.unembedding.residual import residual_of
+from st_embfilter.unembedding.residual import Residual, residual_of
 from st_embfilter.unembedding.source import Source
 
 _POOLING_FILE: Final = "1_Pooling/config.json"
@@ -130,7 +130,7 @@ def export_folder(
     check_links(folder)
     found = bakeable(source)
     config = source.config()
-    residual_of(config)  # refuses what cannot be rotated before anything is read
+    residual = residual_of(config)  # refuses what cannot be rotated before anything is read
     spectrum, provenance = source.unembedding().fit(precision="float64")
     metadata = found.layer.metadata
     if provenance.sha256 != metadata.provenance.sha256:
@@ -178,7 +178,7 @@ def export_folder(
         )
         (out / BAKED_FILE).write_text(metadata.to_json(), encoding="utf-8")
         with (out / SAFETENSORS_FILE).open("wb") as weights:
-            jobs = list(baked_tensors(source, config, rotation, dtype))
+            jobs = list(baked_tensors(source, config, residual, rotation, dtype))
             _write_safetensors(weights, jobs)
     return metadata.k, metadata.d
 
@@ -205,6 +205,7 @@ class Job:
 def baked_tensors(
     source: Source,
     config: PretrainedConfig,
+    residual: Residual,
     rotation: Tensor,
     dtype: torch.dtype | Mapping[str, torch.dtype] | None,
 ) -> Iterator[Job]:
@@ -213,14 +214,15 @@ def baked_tensors(
     Args:
         source: The language model, which may have more blocks than the config.
         config: Of the model that is made.
+        residual: How its tensors meet the stream.
         rotation: R, (d, d) float64.
         dtype: Of the matrices, all of them or by name; None for that in which each is stored.
 
     Raises:
         FormatError: If a tensor is quantised.
-        UnembeddingError: If the stream cannot be rotated, or a tensor is missing.
+        UnembeddingError: If a tensor is missing.
     """
-    residual, model = residual_of(config), meta_model(config)
+    model = meta_model(config)
     checkpoint, tied = open_checkpoint(source.files), source.unembedding().tied
     gains = residual.gains
     narrow = rotation.to(torch.float32)

@@ -1,14 +1,13 @@
-"""A whole model as one ONNX graph: traced, its weights narrowed, written tensor by tensor."""
+"""A whole model as one ONNX graph: traced, and its weights narrowed."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -18,16 +17,12 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import Tensor, nn
 
 from st_embfilter.errors import FormatError, MissingPackageError
-from st_embfilter.files.staging import written_file
 from st_embfilter.model.layer import FEATURE
 from st_embfilter.text import reading
 
 Dtype = Literal["float32", "float16", "int8"]
 
 INPUTS: Final = ("input_ids", "attention_mask")
-
-#: A protobuf message may have 2 GiB; what describes the graph needs some of it.
-LARGEST_FILE: Final = 2_000_000_000
 
 #: The newest opset of ONNX that onnxruntime-web, fastembed and transformers.js were tried with.
 OPSET: Final = 20
@@ -313,68 +308,3 @@ def _codes(blocks: NDArray[Any]) -> NDArray[Any]:
 def _steps(blocks: NDArray[Any]) -> NDArray[Any]:
     """(outputs, blocks)."""
     return _row_scale(blocks)[..., 0]
-
-
-def write(model: Any, path: Path, metadata: Mapping[str, str]) -> list[Path]:
-    """Writes the graph; its weights go beside it where one file cannot hold them.
-
-    Args:
-        model: An `onnx_ir.Model`.
-        path: Of the graph.
-        metadata: Texts that the file carries.
-
-    Returns:
-        The files.
-    """
-    import onnx_ir as ir
-
-    model.metadata_props.update(metadata)
-    weights = model.graph.initializers
-    if sum(value.const_value.nbytes for value in weights.values()) > LARGEST_FILE:
-        beside = f"{path.name}_data"  # as transformers.js looks for it
-        ir.save(model, path, external_data=beside)
-        return [path, path.with_name(beside)]
-    kept = dict(weights)
-    weights.clear()
-    proto = ir.to_proto(model)
-    weights.update(kept)
-    with written_file(path) as file:
-        _stream(proto, kept, file)
-    return [path]
-
-
-def _stream(proto: Any, weights: Mapping[str, Any], file: BinaryIO) -> None:
-    """Writes a `ModelProto` with weights that are never all in memory.
-
-    The graph is field 7 of a model, a weight field 5 of a graph, its bytes field 9 of a weight; the
-    order of fields is free. Source: onnx.proto and the encoding of protobuf.
-    """
-    import onnx
-
-    graph = proto.graph.SerializeToString()
-    proto.ClearField("graph")
-    heads: dict[str, bytes] = {}
-    for name, value in weights.items():
-        tensor = value.const_value
-        start = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=list(tensor.shape))
-        content = start.SerializeToString() + _tag(9, tensor.nbytes)
-        heads[name] = _tag(5, len(content) + tensor.nbytes) + content
-    size = len(graph) + sum(len(head) + weights[n].const_value.nbytes for n, head in heads.items())
-    file.write(proto.SerializeToString() + _tag(7, size) + graph)
-    for name, head in heads.items():
-        file.write(head)
-        tensor = weights[name].const_value
-        numbers = np.ascontiguousarray(tensor.numpy())
-        file.write(numbers.astype(numbers.dtype.newbyteorder("<"), copy=False).data)
-
-
-def _tag(field: int, size: int) -> bytes:
-    """The key of a field of bytes, and their number."""
-    return bytes(_varint(field << 3 | 2)) + bytes(_varint(size))
-
-
-def _varint(number: int) -> Iterable[int]:
-    while number > 127:
-        yield number & 127 | 128
-        number >>= 7
-    yield number

@@ -29,7 +29,7 @@ from st_embfilter.model.layer import FEATURE, filter_of
 from st_embfilter.model.prompts import PromptEOL, recipe_from_dict
 from st_embfilter.model.static import static_metadata
 from st_embfilter.model.tokenizer import TOKENIZER_FILE, single_pieces
-from st_embfilter.saved import onnx_graph
+from st_embfilter.saved import onnx_file, onnx_graph
 from st_embfilter.saved.onnx_graph import INPUTS, OPSET, Dtype, Pipeline
 from st_embfilter.text import read_json, write_json
 
@@ -47,6 +47,9 @@ FILTER_KEY: Final = "st_embfilter.filter"
 #: Two computations of a deep network in float32 may differ by this part of a vector's length: each
 #: sum of n terms errs by up to n 2^-24 of their size, and some hundred of them follow each other.
 _FLOAT32_ERROR: Final = 1e-3
+
+#: Option of ONNX Runtime: where a model in memory has its weights.
+_WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 
 #: A text without limit is cut here when the graph is checked.
 _LONGEST_CHECK: Final = 512
@@ -256,7 +259,7 @@ def _write_graph(
     graph = onnx_graph.trace(pipeline, opset)
     if dtype != "float32":
         onnx_graph.narrow(graph, dtype)
-    onnx_graph.write(graph, file, metadata)
+    onnx_file.write(graph, file, metadata)
 
 
 def _compare(
@@ -276,8 +279,10 @@ def _compare(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    file = folder / made.file
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(file.parent))
     session = onnxruntime.InferenceSession(
-        folder / made.file, options, providers=["CPUExecutionProvider"]
+        onnx_file.without_weights(file), options, providers=["CPUExecutionProvider"]
     )
     expected, found = [], []
     for texts in _batches(made.max_tokens):

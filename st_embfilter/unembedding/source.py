@@ -135,7 +135,7 @@ class Source:
             UnembeddingError: If the model, its head or its weights are missing or unfit.
         """
         found = self._unembedding
-        return found if self.norm is None else replace(found, gain=self._gain())
+        return found if self.norm is None else replace(found, gain=self._gain)
 
     @cached_property
     def _unembedding(self) -> Unembedding:
@@ -157,6 +157,7 @@ class Source:
         identity = model_identity(owner.name, owner.files.commit)
         return Unembedding(head, tied, *identity, self.gguf_sha256)
 
+    @cached_property
     def _gain(self) -> Tensor:
         """The gain of the norm before the unembedding matrix, (d,) float64."""
         if self.norm != "folded":

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 import st_embfilter
 from st_embfilter.errors import FormatError, MissingPackageError, OutputError
 from st_embfilter.model.layer import filter_of
-from st_embfilter.saved import onnx_graph, onnx_out
+from st_embfilter.saved import onnx_file, onnx_graph, onnx_out
 from st_embfilter.saved.onnx_out import DIMENSIONS_KEY, FILTER_KEY, _batches, _loss
 from tests.cli.test_cli import cli, text
 from tests.conftest import FLOAT32, MakeLM, same
@@ -171,7 +171,7 @@ def test_products_in_8_bits_err_by_half_a_step_of_each_block(
     opset = [helper.make_opsetid("", 20)]
     model = from_proto(helper.make_model(graph, opset_imports=opset, ir_version=10))
     onnx_graph.narrow(model, "int8")
-    onnx_graph.write(model, tmp_path / "out.onnx", {})
+    onnx_file.write(model, tmp_path / "out.onnx", {})
     found = onnxruntime.InferenceSession(tmp_path / "out.onnx").run(None, {"x": x})[0]
     expected = x.astype(np.float64) @ w * attributes.get("alpha", 1) + bias * (operator == "Gemm")
     kinds = {weight.dtype for weight in weights(tmp_path / "out.onnx") if weight.ndim > 1}
@@ -229,10 +229,35 @@ def test_the_file_is_a_valid_one_that_states_its_width(make_lm: MakeLM, tmp_path
 
 
 @needs_onnx
+def test_the_check_finds_the_weights_where_the_file_has_them(
+    make_lm: MakeLM, tmp_path: Path
+) -> None:
+    import onnx
+
+    made = st_embfilter.export_onnx(built(make_lm), tmp_path / "out")
+    file = tmp_path / "out" / made.file
+    content = onnx_file.without_weights(file)
+    found, stored = onnx.ModelProto.FromString(content), onnx.load(file)
+    outside = {t.name for t in found.graph.initializer if t.data_location == t.EXTERNAL}
+    assert outside == {t.name for t in stored.graph.initializer if len(t.raw_data) > 1024}
+    assert len(content) < file.stat().st_size - sum(
+        len(t.raw_data) for t in stored.graph.initializer if t.name in outside
+    ) + 200 * len(outside)
+    onnx.load_external_data_for_model(found, str(file.parent))
+    for tensor, expected in zip(found.graph.initializer, stored.graph.initializer, strict=True):
+        assert tensor.name == expected.name
+        assert np.array_equal(
+            onnx.numpy_helper.to_array(tensor), onnx.numpy_helper.to_array(expected)
+        )
+    del found.graph.initializer[:], stored.graph.initializer[:]
+    assert found == stored
+
+
+@needs_onnx
 def test_weights_lie_beside_a_graph_that_cannot_hold_them(
     make_lm: MakeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 1000)
+    monkeypatch.setattr(onnx_file, "LARGEST_FILE", 1000)
     model = built(make_lm)
     made = st_embfilter.export_onnx(model, tmp_path / "out")
     files = sorted(path.name for path in (tmp_path / "out" / "onnx").iterdir())

@@ -21,6 +21,10 @@ from transformers import (
 
 import st_embfilter
 from st_embfilter.errors import BackboneError, FormatError, UnembeddingError
+from st_embfilter.files import stored
+from st_embfilter.files.folder import FolderFiles
+from st_embfilter.files.stored import parse_header
+from st_embfilter.files.tensors import open_checkpoint
 from st_embfilter.model.backbone import load_backbone
 from st_embfilter.unembedding.matrix import Unembedding
 from st_embfilter.unembedding.source import Source, open_unembedding, unembedding_of_model
@@ -45,6 +49,22 @@ def rewrite(
     save_file(weights, file, metadata={"format": "pt"})
     document = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(document | config))
+
+
+def test_a_header_is_read_once_for_all_tensors(
+    make_lm: MakeLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = make_lm()
+    checkpoint = open_checkpoint(FolderFiles(folder))
+    read = []
+
+    def counted(data: bytes, file: str) -> dict[str, object]:
+        read.append(file)
+        return parse_header(data, file)
+
+    monkeypatch.setattr(stored, "parse_header", counted)
+    assert len([checkpoint.tensor(name) for name in checkpoint.names]) > 1
+    assert read == ["model.safetensors"]
 
 
 # Quantised checkpoints ----------------------------------------------------------------------------
