@@ -22,7 +22,7 @@ import numpy as np
 import st_embfilter
 from st_embfilter.evaluation.tasks import STSTask
 from st_embfilter.saved import gguf_out
-from st_embfilter.saved.gguf_out import export_gguf
+from st_embfilter.saved.gguf_out import POOLING_TYPES, export_gguf
 from st_embfilter.unembedding.gguf import GGUFFile, GGUFTensor
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def _strings(value: Any) -> list[str]:
     return [text for item in items for text in _strings(item)]
 
 
-def unbaked(source: Path, target: Path, kind: str) -> None:
+def unbaked(source: Path, target: Path, kind: str, pooling: str = "mean") -> None:
     """The same model without a rotation, its matrices stored as in a baked file."""
     file = GGUFFile.open(source)
     stored = gguf.GGMLQuantizationType[kind.upper()]
@@ -62,7 +62,10 @@ def unbaked(source: Path, target: Path, kind: str) -> None:
         return gguf_out._Plan(tensor.name, tensor.shape, int(stored), nbytes, rows)
 
     with target.open("wb") as out:
-        keys = {"general.file_type": gguf_out._FILE_TYPES[kind]}
+        keys = {
+            "general.file_type": gguf_out._FILE_TYPES[kind],
+            f"{file.metadata['general.architecture']}.pooling_type": POOLING_TYPES[pooling],
+        }
         gguf_out._write(out, file, keys, map(plan, file.tensors.values()))
 
 

@@ -12,13 +12,18 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.nn import functional
 
-from compat.llama_cpp import Vectors, cosines, fifty_texts, of_torch
+from compat.llama_cpp import Vectors, cosines, fifty_texts, of_torch, unbaked
 from st_embfilter.evaluation.tasks import STSTask
 from st_embfilter.model.baked import rotation_of
 from st_embfilter.saved.gguf_out import export_gguf
@@ -29,6 +34,7 @@ from tests.gguf_files import TOKENS, tiny_model, write_gguf
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TYPES = ("f32", "f16", "q8_0")
 WIDTHS = (1, 3 / 4, 1 / 2, 1 / 4, 1 / 8)
+CACHES = ("cache f16", "cache f32")
 
 
 class Server:
@@ -93,12 +99,39 @@ def families() -> Iterator[tuple[str, str, str, float]]:
                     yield family, pooling, kind, worst(found, expected)
 
 
+@contextmanager
+def rounded(what: set[str]) -> Iterator[None]:
+    """Attention in torch with keys, values or both rounded as llama.cpp's cache rounds them."""
+    exact = functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        key = key.half().float() if "key" in what else key
+        value = value.half().float() if "value" in what else value
+        return exact(query, key, value, *args, **options)
+
+    with mock.patch.object(functional, "scaled_dot_product_attention", attention):
+        yield
+
+
 def cache(model: Path, reference: str) -> Iterator[tuple[str, str, float]]:
-    """The last token of fifty texts, by type of the file and of the cache."""
+    """The last token of fifty texts: in torch with a rounded cache, and by file and cache."""
     texts = fifty_texts()
-    expected = of_torch(reference, "lasttoken").encode(texts)
+    ours = of_torch(reference, "lasttoken")
+    expected = ours.encode(texts)
+    for what in ({"key"}, {"value"}, {"key", "value"}):
+        with rounded(what):
+            found = ours.encode(texts)
+        name = f"torch, each {' and '.join(sorted(what))} in f16"
+        yield name, "", float(cosines(found, expected).min())
+    backbone = SentenceTransformer(modules=list(ours.children())[:2], device="cpu")
+    plain = backbone.encode(texts)
+    del ours, backbone
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "model.gguf"
+        unbaked(model, file, "f32", "lasttoken")
+        for precise in (False, True):
+            found = Server(file, precise=precise).embed(texts)
+            yield "f32, not rotated", CACHES[precise], float(cosines(found, plain).min())
         for kind, blocks in (("f32", 0), ("f16", 6), ("f16", 0)):
             export_gguf(
                 model, file, pooling="lasttoken", kind=kind, float32_blocks=blocks, overwrite=True
@@ -106,8 +139,7 @@ def cache(model: Path, reference: str) -> Iterator[tuple[str, str, float]]:
             for precise in (False, True):
                 found = Server(file, precise=precise).embed(texts)
                 name = f"{kind}, first {blocks} blocks f32" if blocks else kind
-                held = "cache f32" if precise else "cache f16"
-                yield name, held, float(cosines(found, expected).min())
+                yield name, CACHES[precise], float(cosines(found, expected).min())
 
 
 def sts(model: Path, reference: str, pairs: Path, count: int) -> Iterator[tuple[str, ...]]:

@@ -95,6 +95,12 @@ def export(
         highlight=False,
         soft_wrap=True,
     )
+    if gguf is not None:
+        from st_embfilter.saved.gguf_out import advice
+
+        wanted = advice(gguf)
+        if wanted is not None:
+            out.print(wanted, highlight=False, soft_wrap=True)
 
 
 def _onnx(source: str, target: Path, kind: str | None, trusted: bool, overwrite: bool) -> None:

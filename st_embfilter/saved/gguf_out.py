@@ -148,6 +148,25 @@ def export_gguf(
     return width, shape[1]
 
 
+def advice(file: Path) -> str | None:
+    """What a written file asks of llama.cpp, whose defaults would cost more than its weights.
+
+    Keys of large biases lose the rest of their digits in a cache of 16 bits, and the last token may
+    hang on them. No weights undo that: scores are invariant only under what scales or turns pairs
+    of a key's numbers, which leaves relative errors as they are.
+    """
+    found = GGUFFile.open(file)
+    pooling = found.metadata.get(f"{found.metadata['general.architecture']}.pooling_type")
+    biases = any(name.endswith("attn_k.bias") for name in found.tensors)
+    if pooling != POOLING_TYPES["lasttoken"] or not biases:
+        return None
+    return (
+        "The keys of this model have biases and its last token is pooled: llama.cpp is exact with "
+        "--cache-type-k f32 --cache-type-v f32 --flash-attn off, and loses more with its cache of "
+        "16 bits than these weights do"
+    )
+
+
 def gguf_residual(file: GGUFFile) -> Residual:
     """How the tensors of a GGUF file meet the residual stream, from the names of the format.
 

@@ -17,6 +17,7 @@ from st_embfilter.errors import EmbedFilterError, FormatError, OutputError, Unem
 from st_embfilter.saved.gguf_out import BAND_KEY, DIMENSIONS_KEY, export_gguf
 from st_embfilter.spectrum.band import Band
 from st_embfilter.spectrum.gram import spectrum_of_weight
+from tests.cli.test_cli import cli
 from tests.conftest import FLOAT32, tiny_lm
 
 SIZES = {
@@ -201,6 +202,20 @@ def test_first_blocks_stay_float32(tmp_path: Path) -> None:
     assert {kind for name, kind in kinds.items() if not name.startswith("blk.0.")} == {"F16"}
     with pytest.raises(FormatError, match="float32_blocks must be 0 or more, got -1"):
         export_gguf(tmp_path / "in.gguf", tmp_path / "x.gguf", float32_blocks=-1)
+
+
+@pytest.mark.parametrize(
+    ("family", "pooling", "told"),
+    [("qwen2", "lasttoken", True), ("qwen2", "mean", False), ("llama", "lasttoken", False)],
+)
+def test_a_last_token_over_keys_with_biases_wants_a_wide_cache(
+    tmp_path: Path, family: str, pooling: str, told: bool
+) -> None:
+    write_gguf(tmp_path / "in.gguf", random_lm(family, tied=True))
+    options = [tmp_path / "in.gguf", "--gguf", tmp_path / "out.gguf", "--pooling", pooling]
+    result = cli("export", *options)
+    assert result.exit_code == 0
+    assert ("--cache-type-k f32 --cache-type-v f32 --flash-attn off" in result.output) == told
 
 
 def test_every_direction_of_an_offset_band_is_there(tmp_path: Path) -> None:
