@@ -7,6 +7,7 @@ one table (V, k), which sentence-transformers loads as `StaticEmbedding`.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, Final
 
 import torch
@@ -92,7 +93,8 @@ def fold(model: SentenceTransformer, dtype: torch.dtype | str | None = None) -> 
 
     Args:
         model: `StaticEmbedding`, `EmbedFilterLayer` and what follows it.
-        dtype: Dtype of the new table, or its name; None and "auto" for float16.
+        dtype: Dtype of the new table, or its name; None and "auto" for float16, in which the table
+            is scaled, see `float16_scale`.
     """
     if dtype is None or dtype == "auto":
         dtype = torch.float16
@@ -104,9 +106,42 @@ def fold(model: SentenceTransformer, dtype: torch.dtype | str | None = None) -> 
     with torch.no_grad():
         for ids in torch.arange(len(old)).split(_TOKENS_AT_A_TIME):
             table[ids] = layer.linear(old[ids]).to("cpu", chosen)
+        if chosen is torch.float16:
+            table *= float16_scale(float(table.abs().max()))
     static = StaticEmbedding(wide.tokenizer, embedding_weights=table)
     setattr(static, _METADATA, layer.metadata)
     return SentenceTransformer(modules=[static, *rest], device=str(model.device))
+
+
+def float16_scale(largest: float) -> float:
+    """Power of two that a table is stored times in float16, so that the sum of a text is finite.
+
+    A bag keeps the sum of its rows in the dtype of the table before it divides by their number.
+    With entries of at most 1 that sum cannot pass float16's largest number, 65,504, before as many
+    tokens. No cosine depends on the scale.
+
+    Args:
+        largest: Largest absolute entry of the table, not scaled.
+
+    Returns:
+        1 if that is at most 1.
+    """
+    return 2.0 ** -max(0, math.ceil(math.log2(largest))) if largest > 0 else 1.0
+
+
+def scale_of(stored: Tensor, table: Tensor) -> float:
+    """What a table seems to be stored times: `float16_scale` of a table that is known to rounding.
+
+    Args:
+        stored: (V, k), as stored.
+        table: (V, k), what it should hold, not scaled.
+    """
+    if stored.dtype is not torch.float16:
+        return 1.0
+    largest = float(table.abs().max())  # by rounding it may be on either side of a power of two
+    near = {float16_scale(largest * factor) for factor in (1 - 2**-9, 1 + 2**-9)}
+    ratio = float(stored.to(torch.float64).norm() / table.norm())
+    return min(near, key=lambda one: abs(one - ratio))
 
 
 def bag_tokenizer(tokenizer: Any) -> Tokenizer:

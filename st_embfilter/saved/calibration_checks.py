@@ -17,6 +17,7 @@ from st_embfilter.model.calibrate import calibrate_filter, generic_texts
 from st_embfilter.model.layer import EmbedFilterLayer
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.sampling import sample_texts
+from st_embfilter.model.static import scale_of
 from st_embfilter.saved import checks
 from st_embfilter.spectrum.whitening import Calibration, different_texts, texts_hash
 from st_embfilter.text import first_line
@@ -137,6 +138,7 @@ def check_table_calibration(
     made = repeated(model, texts, record, show_progress_bar=show_progress_bar)
     with torch.no_grad():
         expected = made.linear(states).to(torch.float64)
+    expected *= scale_of(table, expected)
     stored = table.to(torch.float64)
     centre, middle = stored.mean(0), expected.mean(0)
     spread = (stored - centre).norm()

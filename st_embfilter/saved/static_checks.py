@@ -19,7 +19,7 @@ from st_embfilter.model.cut import load_cut
 from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
-from st_embfilter.model.static import token_embeddings
+from st_embfilter.model.static import scale_of, token_embeddings
 from st_embfilter.saved import layout
 from st_embfilter.saved.checks import FLOAT32, turn_bounds
 from st_embfilter.saved.file_checks import document
@@ -133,7 +133,9 @@ def check_table_rows(
     kept = coordinates[:, indices]
     stored = table.to(torch.float64)
     turns = turn_bounds(spectrum, indices)
-    matrix = torch.eye(metadata.k, dtype=torch.float64)
+    if table.dtype is torch.float16 and float(table.abs().max()) > 1:
+        return False, "entries above 1 in float16, so sums of long texts overflow"
+    matrix = scale_of(table, kept) * torch.eye(metadata.k, dtype=torch.float64)
     bias = torch.zeros(metadata.k, dtype=torch.float64)
     if metadata.calibration is not None:
         middle, centre = kept.mean(0), stored.mean(0)
@@ -152,7 +154,7 @@ def check_table_rows(
         gap = (stored[rows] - kept[rows] @ matrix.T - bias).abs()
         lengths = coordinates[rows].norm(dim=1, keepdim=True)
         sums = FLOAT32 * spectrum.d**0.5 * (lengths * matrix.norm(dim=1) + bias.abs())
-        allowed = unit * stored[rows].abs() + torch.finfo(table.dtype).smallest_normal
+        allowed = unit * stored[rows].abs() + torch.finfo(table.dtype).smallest_normal * unit
         allowed += 4 * sums + coordinates[rows].abs() @ (reach @ turns).T
         excess = (gap - allowed).max(dim=1).values
         if float(excess.max()) > worst:

@@ -1,13 +1,14 @@
 """Static models: a table that does what the arithmetic by hand does."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
@@ -101,11 +102,40 @@ def test_half_precision_unless_asked_otherwise(make_lm: MakeLM, tmp_path: Path) 
     table = load_file(saved / "0_StaticEmbedding" / "model.safetensors")["embedding.weight"]
     assert table.dtype == torch.float16
     assert table.shape == (200, 16)
+    assert 0.5 < table.abs().max() <= 1  # stored times a power of two
     expected = by_hand(folder, model[0].tokenizer, TEXTS[:4])
-    found = SentenceTransformer(str(saved), device="cpu").encode(TEXTS[:4])
+    found = SentenceTransformer(str(saved), device="cpu").encode(TEXTS[:4]).astype(np.float32)
+    found *= 2.0 ** round(math.log2(np.abs(expected).max() / np.abs(found).max()))
     # The mean of rows whose entries are rounded to 11 bits, and are longer than it by a few times.
     assert np.abs(found - expected).max() <= 2**-9 * np.abs(expected).max()
     assert not (saved / "config.json").exists()  # model2vec would take it for its own
+
+
+@pytest.mark.parametrize("calibrate", [None, CALIBRATION])
+def test_long_texts_are_finite_in_float16(
+    make_lm: MakeLM, tmp_path: Path, calibrate: list[str] | None
+) -> None:
+    """The sum of 10,000 rows whose largest entry is 600, as Gemma's is, is above 65,504."""
+    folder, _ = make_lm()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] *= 200
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    options: Any = {"calibrate": calibrate, "device": "cpu", "show_progress_bar": False}
+    model = st_embfilter.from_causal_lm(folder, layers=0, **options)
+    saved = st_embfilter.save_pretrained(model, tmp_path / "saved")
+    wide = st_embfilter.from_causal_lm(folder, layers=0, dtype="float32", **options)
+    texts = [LONG, "tea " * 60_000]
+    found = SentenceTransformer(str(saved), device="cpu").encode(texts).astype(np.float64)
+    expected = wide.encode(texts).astype(np.float64)
+    for one, other in zip(found, expected, strict=True):
+        scale = one @ other / (other @ other)
+        # Entries of at most 1, and their mean, are rounded to 11 bits.
+        assert np.abs(one - scale * other).max() <= 2**-10
+    assert not [check for check in verify(saved, base=folder) if check.passed is False]
+    forged = load_file(saved / "0_StaticEmbedding" / "model.safetensors")
+    forged["embedding.weight"] *= 2
+    save_file(forged, saved / "0_StaticEmbedding" / "model.safetensors")
+    assert any(check.passed is False for check in verify(saved, base=folder))
 
 
 def test_calibration_folds_exactly(make_lm: MakeLM) -> None:
