@@ -75,7 +75,7 @@ SECTIONS = {
         "Encoding with fewer blocks, and with none",
         "SmolLM2-135M-Instruct, dequantised to float32, mean pooling, saved and loaded with plain "
         "sentence-transformers, in a process of its own each, in turn. Peak memory is that of the "
-        "whole process. The scores of the table are its folder's, float16; the others are those of "
+        "whole process. The scores of the table are its folder's; the others are those of "
         "`docs/depth.md`.",
         "-m benchmarks.encode --depths SMOLLM2 --name SmolLM2-135M-Instruct --data DATA "
         "--layers 6 --texts 64 --repeat 1",

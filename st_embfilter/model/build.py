@@ -96,8 +96,8 @@ def from_causal_lm(
             the best at hand.
         dtype: Dtype of the backbone, as in transformers; of a GGUF file, float16 by default (Gemma:
             bfloat16). The
-            filter is float32 in any case; with layers=0 it is the dtype of the table, float16 if
-            None.
+            filter is float32 in any case; with layers=0 it is the dtype of the table, float32 if
+            None; in float16 its entries are scaled by a power of two to at most 1.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
         masked_lm: Whether the model is a masked language model, whose decoder matrix is taken;

@@ -93,11 +93,11 @@ def fold(model: SentenceTransformer, dtype: torch.dtype | str | None = None) -> 
 
     Args:
         model: `StaticEmbedding`, `EmbedFilterLayer` and what follows it.
-        dtype: Dtype of the new table, or its name; None and "auto" for float16, in which the table
-            is scaled, see `float16_scale`.
+        dtype: Dtype of the new table, or its name; None and "auto" for float32. In float16 the
+            table is scaled, see `float16_scale`.
     """
     if dtype is None or dtype == "auto":
-        dtype = torch.float16
+        dtype = torch.float32
     chosen: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     modules: list[Any] = list(model.children())
     wide, layer, *rest = modules
@@ -118,7 +118,7 @@ def float16_scale(largest: float) -> float:
 
     A bag keeps the sum of its rows in the dtype of the table before it divides by their number.
     With entries of at most 1 that sum cannot pass float16's largest number, 65,504, before as many
-    tokens. No cosine depends on the scale.
+    tokens. No cosine depends on the scale, but a classifier with a penalty on its weights does.
 
     Args:
         largest: Largest absolute entry of the table, not scaled.

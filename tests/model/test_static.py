@@ -95,9 +95,11 @@ def test_model2vec_loads_the_folder(tmp_path: Path) -> None:
     assert same(found, model.encode(texts))
 
 
-def test_half_precision_unless_asked_otherwise(make_lm: MakeLM, tmp_path: Path) -> None:
+def test_half_precision_if_asked(make_lm: MakeLM, tmp_path: Path) -> None:
     folder, _ = make_lm()
-    model = st_embfilter.from_causal_lm(folder, layers=0, device="cpu", show_progress_bar=False)
+    model = st_embfilter.from_causal_lm(
+        folder, layers=0, dtype="float16", device="cpu", show_progress_bar=False
+    )
     saved = st_embfilter.save_pretrained(model, tmp_path / "saved")
     table = load_file(saved / "0_StaticEmbedding" / "model.safetensors")["embedding.weight"]
     assert table.dtype == torch.float16
@@ -121,9 +123,10 @@ def test_long_texts_are_finite_in_float16(
     tensors["model.norm.weight"] *= 200
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     options: Any = {"calibrate": calibrate, "device": "cpu", "show_progress_bar": False}
-    model = st_embfilter.from_causal_lm(folder, layers=0, **options)
+    model = st_embfilter.from_causal_lm(folder, layers=0, dtype="float16", **options)
     saved = st_embfilter.save_pretrained(model, tmp_path / "saved")
-    wide = st_embfilter.from_causal_lm(folder, layers=0, dtype="float32", **options)
+    wide = st_embfilter.from_causal_lm(folder, layers=0, **options)
+    assert wide[0].embedding.weight.dtype == torch.float32
     texts = [LONG, "tea " * 60_000]
     found = SentenceTransformer(str(saved), device="cpu").encode(texts).astype(np.float64)
     expected = wide.encode(texts).astype(np.float64)

@@ -111,6 +111,7 @@ def test_a_calibrated_table(lm: Path, tmp_path: Path) -> None:
         {"calibrate": TEXTS},
         {"calibrate": "generic", "token_weights": "sif", "calibration_strength": 1.0},
         {"calibrate": "self", "norm": "folded", "dtype": None, "normalize": True},
+        {"calibrate": TEXTS, "dtype": "float16"},
     ],
 )
 def test_the_calibration_of_a_table_is_repeated(
