@@ -71,6 +71,7 @@ TEXTS = ("generic", "own", "self")
 TASKS = ("STSBenchmark", "Banking77", "StackOverflow", "SciFact", "Paraphrases")
 SIZE = 1024
 SIZES = (SIZE, 256, 128)
+SHRINKAGES = (0.0, 0.1, 0.3)
 
 #: The templates that ask for one word, on a part of STSBenchmark, with fewer texts.
 TEMPLATES = ("prompteol", *NAMED_TEMPLATES)
@@ -103,19 +104,27 @@ def cases(part: str) -> Iterator[Case]:
 
     Args:
         part: "core" for every strength in every window with 1,024 generic texts, and for strengths
-            0.5 and 1 with the task's own; "full" for that and every other number and origin of
-            texts, then other shrinkages; "templates" for what is measured of the templates.
+            0.5 and 1 with the task's own; "choices" for the task's own texts in every window,
+            then, in 3/4, other numbers and origins of texts and other shrinkages, at three
+            strengths; "full" for all of these at every strength and in every window;
+            "templates" for what is measured of the templates.
     """
     grid = list(product(WINDOWS, STRENGTHS))
     if part == "templates":
         yield from (Case(keep, "generic", FEW, strength) for keep, strength in grid)
+        return
+    if part == "choices":
+        some = (0.25, 0.5, 1.0)
+        yield from (Case(keep, "own", SIZE, a) for keep, a in grid if a in some)
+        yield from (Case(0.75, t, size, a) for size, t, a in product(SIZES, TEXTS, some))
+        yield from (Case(0.75, "generic", SIZE, a, given) for given, a in product(SHRINKAGES, some))
         return
     yield from (Case(keep, "generic", SIZE, strength) for keep, strength in grid)
     yield from (Case(keep, "own", SIZE, a) for keep, a in grid if a in (0.5, 1.0))
     if part == "full":
         for size, texts in product(SIZES, TEXTS):
             yield from (Case(keep, texts, size, strength) for keep, strength in grid)
-        for shrinkage, strength in product((0.0, 0.1, 0.3), STRENGTHS):
+        for shrinkage, strength in product(SHRINKAGES, STRENGTHS):
             yield Case(0.75, "generic", SIZE, strength, shrinkage)
 
 
@@ -292,7 +301,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER_OR_HUB_ID")
     parser.add_argument("--recipe", action="append", choices=[*RECIPES, *NAMED_TEMPLATES])
     parser.add_argument("--templates", action="store_true")
-    parser.add_argument("--part", choices=("core", "full"), default="full")
+    parser.add_argument("--part", choices=("core", "choices", "full"), default="full")
     parser.add_argument("--texts", action="append", choices=TEXTS)
     parser.add_argument("--task", action="append", choices=TASKS)
     parser.add_argument("--self-size", type=int, default=FEW, help="Texts that a model writes.")
