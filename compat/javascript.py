@@ -197,7 +197,8 @@ def visit(root: Path, page: str, *, tail: str = "", picture: Path | None = None)
 
     with (
         served(root, Handler) as url,
-        tempfile.TemporaryDirectory() as profile,
+        # Chromium's other processes may write into it a moment longer than the one that is ended.
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
         _opened([*options, f"{url}/{page}"], profile) as browser,
     ):
         waited = 0.0
