@@ -31,7 +31,6 @@ from st_embfilter.saved.load import load, read_saved
 from st_embfilter.saved.prompt_checks import check_prompt
 from st_embfilter.saved.runtimes import older_layout
 from st_embfilter.saved.static import check_table
-from st_embfilter.spectrum.gram import Precision
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.text import shown
 from st_embfilter.unembedding.matrix import Unembedding
@@ -219,7 +218,7 @@ class _Job:
         yield attempt("gains", lambda: baked_checks.check_gains(own))
         yield attempt("directions", lambda: baked_checks.check_gram(unembedding, metadata))
         self.source = replace(self.source, norm="folded")
-        found, checked = self._source_matrix(metadata, precision="float64")
+        found, checked = self._source_matrix(metadata)
         yield from checked
         if found is None:
             return
@@ -229,7 +228,7 @@ class _Job:
         yield attempt("rows", lambda: baked_checks.check_weights(own, origin, matrix, metadata))
 
     def _source_matrix(
-        self, metadata: FilterMetadata, precision: Precision = "float32"
+        self, metadata: FilterMetadata
     ) -> tuple[tuple[Source, Spectrum] | None, list[Check]]:
         """The language model that a filter was made from and the spectrum of its W_U, if at hand.
 
@@ -242,7 +241,8 @@ class _Job:
             return None, [Check("unembedding", None, f"{error}; give base= (--base)")]
         except EmbedFilterError as error:
             return None, [Check("unembedding", False, str(error))]
-        spectrum, check = measured_spectrum(unembedding, metadata, precision)
+        # The sign is that of the largest entry: float32 errs where two are nearly as large.
+        spectrum, check = measured_spectrum(unembedding, metadata, "float64")
         if spectrum is None:
             return None, [check]
         if unembedding.stored.remote and not self.rebuild:
