@@ -1023,4 +1023,18 @@ GUARDS = (
         "if False:",
         "model/test_static.py::test_long_texts_are_finite_in_float16",
     ),
+    _guard(
+        "a sign that hangs on the last bits is no forgery",
+        "saved/verify.py",
+        "matrix = static_checks.facing(stored_rows, metadata, states, matrix, gain)",
+        "pass",
+        "saved/test_verify_folded.py::test_a_sign_that_hangs_on_the_last_bits",
+    ),
+    _guard(
+        "a sign that does not is one",
+        "saved/static_checks.py",
+        "turned = indices[either & (agreement < 0)]",
+        "turned = indices[agreement < 0]",
+        "saved/test_verify_folded.py::test_a_sign_that_hangs_on_the_last_bits",
+    ),
 )

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: Set to anything, it shows where a failure that nobody foresaw came from.
 TRACEBACK: Final = "ST_EMBFILTER_TRACEBACK"
 
+#: Longest text in tokens, if the user names none.
+LENGTH: Final = 512
+
 
 #: What typer itself shows or obeys: an exit, an abort, and click's base class of wrong usage, which
 #: some versions of typer carry in a copy of their own.

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from st_embfilter.cli.app import (
+    LENGTH,
     BandName,
     Keep,
     Layers,
@@ -71,7 +72,7 @@ def build(
     ] = 0,
     max_seq_length: Annotated[
         int, typer.Option(help="Longest text in tokens.", min=1, metavar="N")
-    ] = 512,
+    ] = LENGTH,
     revision: Revision = None,
     masked_lm: Annotated[
         bool, typer.Option("--masked-lm", help="Take a masked LM; outside the paper.")

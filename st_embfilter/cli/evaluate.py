@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from st_embfilter.cli.app import (
+    LENGTH,
     Device,
     Quiet,
     RemoteCode,
@@ -87,7 +88,7 @@ def evaluate(
         str | None, _what(help="Depths, from one encoding: all, or numbers like 0,6,12.")
     ] = None,
     normalize: Annotated[bool, _what("--normalize", help="Unit length everywhere.")] = False,
-    max_seq_length: Annotated[int, _what(help="Longest text in tokens.", min=1)] = 512,
+    max_seq_length: Annotated[int, _what(help="Longest text in tokens.", min=1)] = LENGTH,
     search: Annotated[
         bool,
         _choice(
@@ -176,7 +177,15 @@ def evaluate(
     if found is None:
         print_results(rows)
     else:
-        print_search(found, model)
+        measured = _options(
+            prompt=prompt,
+            pooling=pooling,
+            normalize=normalize,
+            max_seq_length=None if max_seq_length == LENGTH else max_seq_length,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        print_search(found, model, measured)
     if figure is not None:
         from st_embfilter.evaluation import figures
         from st_embfilter.lens.figures import save_figure
@@ -189,6 +198,16 @@ def evaluate(
         save_figure(drawn, figure)
     for file in filter(None, (output, figure)):
         out.print(f"Saved to {file}", highlight=False)
+
+
+def _options(**given: object) -> list[str]:
+    """Options as a shell has them, without those that are None or False."""
+    said = []
+    for name, value in given.items():
+        if value is not None and value is not False:
+            flag = f"--{name.replace('_', '-')}"
+            said += [flag] if value is True else [flag, str(value)]
+    return said
 
 
 @dataclass(frozen=True)

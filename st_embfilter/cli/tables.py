@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -53,13 +54,18 @@ def _against_raw(row: Result) -> tuple[str, str, str]:
     return f"{100 * (row.delta or 0.0):+.2f}", between, row.verdict
 
 
-def print_search(found: WindowSearch, model: str) -> None:
-    """Prints the held-out rows of a window search, its warning, and how to build the window."""
+def print_search(found: WindowSearch, model: str, options: Sequence[str] = ()) -> None:
+    """Prints the held-out rows of a window search, its warning, and how to build the window.
+
+    Args:
+        found: Outcome of the search.
+        model: Name or folder of the language model.
+        options: Of `build`, beside window and depth: what else the model was measured with.
+    """
     print_results(found.held_out)
     out.print(f"\n{found.warning}", highlight=False)
-    depth = "" if found.layers is None else f"--layers {found.layers} "
-    out.print(
-        f"Build it: st-embfilter build {model} --band {found.band} --keep {found.band.keep} "
-        f"{depth}--output FOLDER",
-        highlight=False,
-    )
+    depth = () if found.layers is None else ("--layers", str(found.layers))
+    window = ("--band", str(found.band), "--keep", str(found.band.keep))
+    command = shlex.join(["st-embfilter", "build", model, *window, *depth, *options])
+    # Not wrapped, to be copied as one line.
+    out.print(f"Build it: {command} --output FOLDER", highlight=False, soft_wrap=True)

@@ -87,7 +87,8 @@ def from_causal_lm(
         normalize: Whether embeddings are scaled to unit length after the filter.
         calibrate: Texts to centre and whiten with, see `calibrate_filter`; "generic" for those that
             come with the package, "self" for texts that the model writes itself; None for the
-            paper's method, without.
+            paper's method, without. Texts of few subjects take the differences between those away,
+            the more the higher the strength.
         calibration_strength: Strength of the whitening in [0, 1].
         calibration_size: Number of generic texts, or of those that the model writes.
         calibration_seed: Seed of the sampling of those texts.
@@ -95,9 +96,9 @@ def from_causal_lm(
         device: Device on which the model runs, and on "cuda" the spectrum is computed; None for
             the best at hand.
         dtype: Dtype of the backbone, as in transformers; of a GGUF file, float16 by default (Gemma:
-            bfloat16). The
-            filter is float32 in any case; with layers=0 it is the dtype of the table, float32 if
-            None; in float16 its entries are scaled by a power of two to at most 1.
+            bfloat16). The filter is float32 in any case; with layers=0 it is the dtype of the
+            table, float32 if None; in float16 its entries are scaled by a power of two to at most
+            1.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
         masked_lm: Whether the model is a masked language model, whose decoder matrix is taken;

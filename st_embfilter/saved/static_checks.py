@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from st_embfilter.saved.checks import FLOAT32, turn_bounds
 from st_embfilter.saved.file_checks import document
 from st_embfilter.saved.layout import STATIC_FOLDER, TABLE
 from st_embfilter.saved.static import static_modules
+from st_embfilter.spectrum.gram import NEARLY
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.text import read_json, reading, shown
 from st_embfilter.unembedding.source import Source
@@ -102,8 +104,75 @@ def table_of(path: Path | None) -> Tensor:
     return table
 
 
+def facing(
+    table: Tensor,
+    metadata: FilterMetadata,
+    states: Tensor,
+    spectrum: Spectrum,
+    gain: Tensor | None = None,
+) -> Spectrum:
+    """The spectrum, with the directions whose sign is open turned as the table has them.
+
+    A direction has the sign of the first entry of nearly its largest magnitude (`signs`). Which
+    entry that is can hang on the last bits, and a table does not show the entries.
+
+    Args:
+        table: (V, k), as stored.
+        metadata: Of the static model.
+        states: (V, d) float32, of the language model.
+        spectrum: Of its unembedding matrix.
+        gain: g, (d,), of a folded norm.
+    """
+    indices = torch.as_tensor(metadata.band.indices(spectrum.d))
+    directions = spectrum.directions[indices].to(torch.float64)
+    turns = turn_bounds(spectrum, indices).norm(dim=1, keepdim=True)
+    either = _sign_is_open(directions, turns)
+    if not bool(either.any()) or tuple(table.shape) != (len(states), metadata.k):
+        return spectrum
+    kept = _coordinates(states, spectrum, gain)[:, indices]
+    stored = table.to(torch.float64)
+    if metadata.calibration is None:
+        agreement = (kept * stored).sum(0)
+    else:  # the polar factor of a positive map of turned directions turns them
+        left, _, right = torch.linalg.svd(_map_between(kept, stored))
+        agreement = (left @ right).diagonal()
+    turned = indices[either & (agreement < 0)]
+    directions = spectrum.directions.clone()
+    directions[turned] *= -1
+    return replace(spectrum, directions=directions)
+
+
+def _sign_is_open(directions: Tensor, turns: Tensor) -> Tensor:
+    """Whether entries of both signs may decide the sign of a direction, (k,).
+
+    Args:
+        directions: (k, d), each of unit length.
+        turns: (k, 1), how far another computation may turn each of them.
+    """
+    magnitude = directions.abs()
+    largest = magnitude.amax(dim=1, keepdim=True)
+    error = 2 * turns / largest
+    surely = magnitude >= largest * (NEARLY + error)
+    before = surely.cumsum(dim=1) - surely.long() == 0  # up to the first that surely is one
+    may_decide = before & (magnitude >= largest * (NEARLY - error))
+    up, down = may_decide & (directions > 0), may_decide & (directions < 0)
+    return up.any(dim=1) & down.any(dim=1)
+
+
+def _coordinates(states: Tensor, spectrum: Spectrum, gain: Tensor | None) -> Tensor:
+    """The states along every direction, (V, d) float64."""
+    wide = states.to(torch.float64)
+    return (wide if gain is None else wide / gain) @ spectrum.directions.to(torch.float64).T
+
+
+def _map_between(kept: Tensor, stored: Tensor) -> Tensor:
+    """The linear part of the affine map that takes rows (V, k) to others, (k, k), fitted."""
+    fitted: Tensor = torch.linalg.lstsq(kept - kept.mean(0), stored - stored.mean(0)).solution.T
+    return fitted
+
+
 def check_table_rows(
-    path: Path | None,
+    table: Tensor,
     metadata: FilterMetadata,
     states: Tensor,
     spectrum: Spectrum,
@@ -115,21 +184,16 @@ def check_table_rows(
     directions, which is fitted to its rows.
 
     Args:
-        path: Its file.
+        table: (V, k), as stored.
         metadata: Of the static model.
         states: (V, d) float32, of the language model.
         spectrum: Of its unembedding matrix.
         gain: g, (d,), of a folded norm.
-
-    Raises:
-        FormatError: If there is no table.
     """
-    table = table_of(path)
     if tuple(table.shape) != (len(states), metadata.k):
         return False, f"shape {tuple(table.shape)}, not {(len(states), metadata.k)}"
     indices = torch.as_tensor(metadata.band.indices(spectrum.d))
-    wide = states.to(torch.float64)
-    coordinates = (wide if gain is None else wide / gain) @ spectrum.directions.double().T
+    coordinates = _coordinates(states, spectrum, gain)
     kept = coordinates[:, indices]
     stored = table.to(torch.float64)
     turns = turn_bounds(spectrum, indices)
@@ -138,9 +202,8 @@ def check_table_rows(
     matrix = scale_of(table, kept) * torch.eye(metadata.k, dtype=torch.float64)
     bias = torch.zeros(metadata.k, dtype=torch.float64)
     if metadata.calibration is not None:
-        middle, centre = kept.mean(0), stored.mean(0)
-        matrix = torch.linalg.lstsq(kept - middle, stored - centre).solution.T
-        bias = centre - matrix @ middle
+        matrix = _map_between(kept, stored)
+        bias = stored.mean(0) - matrix @ kept.mean(0)
         skew = float((matrix - matrix.T).abs().max() / matrix.abs().max())
         lowest = float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[0])
         if lowest <= 0 or skew > _rounding(table.dtype) + float(turns[:, indices].max()):

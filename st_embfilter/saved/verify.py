@@ -170,9 +170,15 @@ class _Job:
             return
         stored = self.files.path(static_checks.TOKENIZER_FILE)
         yield attempt("tokenizer", lambda: static_checks.check_tokenizer(stored, tokenizer))
+        try:
+            stored_rows = static_checks.table_of(table)
+        except FormatError as error:
+            yield Check("rows", False, str(error))
+            return
+        matrix = static_checks.facing(stored_rows, metadata, states, matrix, gain)
         yield attempt(
             "rows",
-            lambda: static_checks.check_table_rows(table, metadata, states, matrix, gain),
+            lambda: static_checks.check_table_rows(stored_rows, metadata, states, matrix, gain),
         )
         record = metadata.calibration
         if record is None:
@@ -187,7 +193,7 @@ class _Job:
             if isinstance(texts, str):
                 return None, texts
             return calibration_checks.check_table_calibration(
-                static_checks.table_of(table),
+                stored_rows,
                 states,
                 tokenizer,
                 matrix.projection(metadata.band),
@@ -241,7 +247,7 @@ class _Job:
             return None, [Check("unembedding", None, f"{error}; give base= (--base)")]
         except EmbedFilterError as error:
             return None, [Check("unembedding", False, str(error))]
-        # The sign is that of the largest entry: float32 errs where two are nearly as large.
+        # Float32 would leave more signs and more turns of directions open.
         spectrum, check = measured_spectrum(unembedding, metadata, "float64")
         if spectrum is None:
             return None, [check]

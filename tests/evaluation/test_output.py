@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -279,14 +280,18 @@ def test_eval_search(place: Path, tmp_path: Path) -> None:
     figure = tmp_path / "windows.svg"
     result = cli(
         "eval", place / "lm", "--sts", place / "pairs.csv", "--dev", place / "dev.csv", "--search",
-        "--no-cache", "--figure", figure,
+        "--no-cache", "--figure", figure, "--prompt", "{text} in a word", "--normalize",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "Trust the held-out figure" in text(result)
-    found = re.search(r"--band (offset:\d+) --keep (\d+)", text(result))
-    assert found
-    built = cli("build", place / "lm", "--band", found[1], "--keep", found[2], "-o", tmp_path / "m")
+    told = result.output.partition("Build it: ")[2].splitlines()[0]
+    command = shlex.split(told.replace("FOLDER", shlex.quote(str(tmp_path / "m"))))
+    built = cli(*command[1:])
     assert built.exit_code == 0, built.output
+    model = st_embfilter.load(tmp_path / "m", device="cpu")
+    layer = next(module for module in model if isinstance(module, st_embfilter.EmbedFilterLayer))
+    assert layer.metadata.prompt is not None
+    assert type(model[-1]).__name__ == "Normalize"
     assert figure.stat().st_size > 5000
     halves = cli("eval", place / "lm", "--sts", place / "pairs.csv", "--search", "--no-cache", "-q")
     assert halves.exit_code == 0, halves.output

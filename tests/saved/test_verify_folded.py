@@ -137,6 +137,39 @@ def test_the_calibration_of_a_table_is_repeated(
     assert (forged["rows"], forged["calibration"]) == (True, False)
 
 
+@pytest.mark.parametrize("options", [{}, {"calibrate": TEXTS}, {"dtype": "float16"}])
+@pytest.mark.parametrize("ratio", [(999, 1000), (900, 1000)])
+def test_a_sign_that_hangs_on_the_last_bits(
+    tmp_path: Path, options: dict[str, Any], ratio: tuple[int, int]
+) -> None:
+    """An entry of just the magnitude that may decide the sign of its direction, or of a smaller.
+
+    Planted exactly: a direction (a, -b, 0, ...) beside (b, a, 0, ...) and unit vectors.
+    """
+    model = tiny_lm(tmp_path / "lm", bos_token_id=None)
+    weight, (a, b) = model.get_output_embeddings().weight, ratio
+    d = weight.shape[1]
+    with torch.no_grad():
+        weight.zero_()
+        weight[0, :2] = torch.tensor([2.0 * a, -2.0 * b])
+        weight[1, :2] = torch.tensor([1.0 * b, 1.0 * a])
+        weight[2:d, 2:] = torch.diag(torch.arange(2.0, d) * 10)
+    model.save_pretrained(tmp_path / "lm")
+    options = {"layers": 0, "band": "dominant", "keep": 4, "dtype": "float32", **options}
+    folder = build(tmp_path / "lm", tmp_path / "static", **options)
+    assert results(folder, tmp_path / "lm")["rows"] is True
+    given = options.get("calibrate")
+    for column in range(4):  # the planted directions are the strongest, in any nested order
+        copy = Path(shutil.copytree(folder, tmp_path / f"column{column}"))
+        turn = torch.ones(4).index_fill_(0, torch.tensor(column), -1.0)
+        tensor(TABLE, "embedding", lambda rows, turn=turn: rows * turn.to(rows.dtype))(copy)
+        found = results(copy, tmp_path / "lm", rebuild=True, texts=given)
+        open_sign = column == 0 and ratio == (999, 1000)
+        assert found["rows"] is open_sign, column
+        if given is not None:
+            assert found["calibration"] is open_sign, column
+
+
 def test_weights_of_tokens_that_are_unknown(static: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(static, tmp_path / "copy"))
     edit("embfilter.json", lambda d: d["depth"].update(token_weights="evil"))(copy)
