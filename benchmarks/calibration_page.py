@@ -250,7 +250,7 @@ def own_by_task(rows: Sequence[Row]) -> list[str]:
         "Whitening makes small what the texts that it is fitted on vary most in. Own texts of many",
         "subjects (STSBenchmark) are better than generic ones. Where they are all about the few",
         "subjects that are to be told apart (StackOverflow, Banking77), it makes those small: take",
-        "generic ones there. A static model loses by them on StackOverflow already at strength 1/4.",
+        "generic ones there; a static model loses on StackOverflow already at strength 1/4.",
         "",
         *table(head, body),
     ]
