@@ -26,7 +26,7 @@ from st_embfilter.saved.card import card_of_folder
 from st_embfilter.saved.card_rules import check_card
 from st_embfilter.saved.folder import write_model
 from st_embfilter.saved.layout import CARD_FILE, FILTER_FILES, PORTABLE_FILES, STATIC_FOLDER
-from st_embfilter.saved.static import STATIC_FILES, check_table, is_static
+from st_embfilter.saved.static import STATIC_FILES, is_static, read_table
 
 _TOKENIZER: Final = re.compile(
     r"tokenizer\.json|vocab\.(json|txt)|tekken\.json|.*\.(model|spm|tiktoken)"
@@ -154,7 +154,7 @@ def validate_folder(folder: str | os.PathLike[str]) -> None:
         )
     if is_static(folder):
         metadata = (folder / METADATA_FILE).read_text(encoding="utf-8", errors="replace")
-        check_table(folder / STATIC_FOLDER / SAFETENSORS_FILE, FilterMetadata.from_json(metadata))
+        read_table(folder / STATIC_FOLDER / SAFETENSORS_FILE, FilterMetadata.from_json(metadata))
     else:
         EmbedFilterLayer.from_pretrained(folder)
         if not filter_alone:

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+from torch import Tensor
 
 from st_embfilter.errors import FormatError
 from st_embfilter.files.tensors import SAFETENSORS_FILE
@@ -23,6 +24,9 @@ from st_embfilter.saved.card import base_card, render
 from st_embfilter.saved.card_facts import facts_of_files
 from st_embfilter.saved.layout import CARD_FILE, STATIC_FOLDER, TABLE
 from st_embfilter.text import json_text
+
+#: Dtypes of a table.
+TABLE_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 STATIC_FILES: Final = (
     MODULES_FILE,
@@ -101,29 +105,30 @@ def write_table(model: SentenceTransformer, folder: Path) -> None:
     write_safetensors(folder / STATIC_FOLDER / SAFETENSORS_FILE, table)
 
 
-def check_table(path: Path | None, metadata: FilterMetadata) -> tuple[bool, str]:
-    """Holds the table of a static model against its metadata.
+def read_table(path: Path | None, metadata: FilterMetadata) -> Tensor:
+    """The table of a static model, (V, k), finite and in one of the dtypes of `TABLE_DTYPES`.
 
-    Returns:
-        True, and what it holds.
+    Args:
+        path: Its file.
+        metadata: What it must fit.
 
     Raises:
-        FormatError: If it is missing, of another width, or not finite.
+        FormatError: If it is missing, of another width or dtype, or not finite.
     """
     try:
         with safe_open(path or "", framework="pt") as stored:
-            table = stored.get_tensor(TABLE)
+            table: Tensor = stored.get_tensor(TABLE)
     except Exception as error:  # safetensors names many
         raise FormatError(
             f"{STATIC_FOLDER}/{SAFETENSORS_FILE} must hold {TABLE}, got: {error}"
         ) from error
-    fits = table.ndim == 2 and table.shape[1] == metadata.k
+    fits = table.ndim == 2 and table.shape[1] == metadata.k and table.dtype in TABLE_DTYPES
     if not fits or not bool(torch.isfinite(table).all()):
         raise FormatError(
-            f"the table must be finite and {metadata.k} wide as {METADATA_FILE} says, got shape "
-            f"{tuple(table.shape)}; the files do not belong together"
+            f"the table must be finite, of floats and {metadata.k} wide as {METADATA_FILE} says, "
+            f"got shape {tuple(table.shape)} and {table.dtype}; the files do not belong together"
         )
-    return True, f"a finite table of {table.shape[0]:,} x {table.shape[1]}, {table.dtype}"
+    return table
 
 
 def is_static(folder: Path) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from st_embfilter.model.static import scale_of, token_embeddings
 from st_embfilter.saved import layout
 from st_embfilter.saved.checks import FLOAT32, turn_bounds
 from st_embfilter.saved.file_checks import document
-from st_embfilter.saved.layout import STATIC_FOLDER, TABLE
+from st_embfilter.saved.layout import STATIC_FOLDER
 from st_embfilter.saved.static import static_modules
 from st_embfilter.spectrum.gram import NEARLY
 from st_embfilter.spectrum.spectrum import Spectrum
@@ -93,17 +92,6 @@ def check_tokenizer(path: Path | None, tokenizer: Tokenizer) -> tuple[bool, str]
     return same, "that of the language model" if same else "not that of the language model"
 
 
-def table_of(path: Path | None) -> Tensor:
-    """The table of a static model, (V, k).
-
-    Raises:
-        FormatError: If there is none.
-    """
-    with reading(TABLE_FILE, FormatError), safe_open(path or "", framework="pt") as file:
-        table: Tensor = file.get_tensor(TABLE)
-    return table
-
-
 def facing(
     table: Tensor,
     metadata: FilterMetadata,
@@ -127,7 +115,7 @@ def facing(
     directions = spectrum.directions[indices].to(torch.float64)
     turns = turn_bounds(spectrum, indices).norm(dim=1, keepdim=True)
     either = _sign_is_open(directions, turns)
-    if not bool(either.any()) or tuple(table.shape) != (len(states), metadata.k):
+    if not bool(either.any()):
         return spectrum
     kept = _coordinates(states, spectrum, gain)[:, indices]
     stored = table.to(torch.float64)
@@ -190,8 +178,6 @@ def check_table_rows(
         spectrum: Of its unembedding matrix.
         gain: g, (d,), of a folded norm.
     """
-    if tuple(table.shape) != (len(states), metadata.k):
-        return False, f"shape {tuple(table.shape)}, not {(len(states), metadata.k)}"
     indices = torch.as_tensor(metadata.band.indices(spectrum.d))
     coordinates = _coordinates(states, spectrum, gain)
     kept = coordinates[:, indices]

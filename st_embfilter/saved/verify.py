@@ -30,7 +30,7 @@ from st_embfilter.saved.checks import Check, attempt, measured_spectrum
 from st_embfilter.saved.load import load, read_saved
 from st_embfilter.saved.prompt_checks import check_prompt
 from st_embfilter.saved.runtimes import older_layout
-from st_embfilter.saved.static import check_table
+from st_embfilter.saved.static import read_table
 from st_embfilter.spectrum.spectrum import Spectrum
 from st_embfilter.text import shown
 from st_embfilter.unembedding.matrix import Unembedding
@@ -133,8 +133,8 @@ class _Job:
             baked = baked_checks.find_baked(self.files)
             found = None if baked is not None else find_filter(self.source)
         except FormatError as error:
-            table = self.files.path(static_checks.TABLE_FILE)
-            return None if table is None else [Check("files", False, str(error))]
+            static = self.files.path(static_checks.TABLE_FILE) is not None
+            return [Check("files", False, str(error))] if static else None
         except EmbedFilterError:
             return None
         if baked is not None:
@@ -143,18 +143,21 @@ class _Job:
         if found is None or depth is None or depth.layers > 0:
             return None
         metadata = found.metadata
-        path = self.files.path(static_checks.TABLE_FILE)
         kept = f"{metadata.band} band, {metadata.k} of {metadata.d}, no block of {depth.of}"
         checked = [
-            attempt("files", lambda: check_table(path, metadata)),
             Check("window", True, kept),
             *([attempt("links", self._links)] if self.source.is_folder else []),
             attempt("modules", lambda: static_checks.check_static_modules(self.files, metadata)),
             attempt("card", lambda: self._card(metadata)),
         ]
-        return [*checked, *self._static_source(metadata, path)]
+        try:
+            table = read_table(self.files.path(static_checks.TABLE_FILE), metadata)
+        except FormatError as error:
+            return [Check("files", False, str(error)), *checked]
+        held = f"a finite table of {table.shape[0]:,} x {table.shape[1]}, {table.dtype}"
+        return [Check("files", True, held), *checked, *self._static_source(metadata, table)]
 
-    def _static_source(self, metadata: FilterMetadata, table: Path | None) -> Iterator[Check]:
+    def _static_source(self, metadata: FilterMetadata, table: Tensor) -> Iterator[Check]:
         """Every row of a static model's table against its language model."""
         self.source = replace(self.source, norm=metadata.norm)
         found, checked = self._source_matrix(metadata)
@@ -170,15 +173,12 @@ class _Job:
             return
         stored = self.files.path(static_checks.TOKENIZER_FILE)
         yield attempt("tokenizer", lambda: static_checks.check_tokenizer(stored, tokenizer))
-        try:
-            stored_rows = static_checks.table_of(table)
-        except FormatError as error:
-            yield Check("rows", False, str(error))
+        if len(table) != len(states):
+            yield Check("rows", False, f"{len(table)} tokens, the language model has {len(states)}")
             return
-        matrix = static_checks.facing(stored_rows, metadata, states, matrix, gain)
+        matrix = static_checks.facing(table, metadata, states, matrix, gain)
         yield attempt(
-            "rows",
-            lambda: static_checks.check_table_rows(stored_rows, metadata, states, matrix, gain),
+            "rows", lambda: static_checks.check_table_rows(table, metadata, states, matrix, gain)
         )
         record = metadata.calibration
         if record is None:
@@ -193,7 +193,7 @@ class _Job:
             if isinstance(texts, str):
                 return None, texts
             return calibration_checks.check_table_calibration(
-                stored_rows,
+                table,
                 states,
                 tokenizer,
                 matrix.projection(metadata.band),

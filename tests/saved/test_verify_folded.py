@@ -170,6 +170,29 @@ def test_a_sign_that_hangs_on_the_last_bits(
             assert found["calibration"] is open_sign, column
 
 
+@pytest.mark.parametrize("options", [{}, {"calibrate": TEXTS}])
+def test_a_table_that_is_none(lm: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Each is told as a failure, whatever arithmetic would make of it."""
+    folder = build(lm, tmp_path / "static", layers=0, **options)
+    row, given = torch.tensor([5]), options.get("calibrate")
+    changes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "NaN": lambda rows: rows.index_fill_(0, row, float("nan")),
+        "infinite": lambda rows: rows.index_fill_(0, row, float("inf")),
+        "nothing": torch.zeros_like,
+        "constant": torch.ones_like,
+        "huge": lambda rows: rows.sign() * 1e38,
+        "a row less": lambda rows: rows[:-1],
+        "flat": lambda rows: rows.flatten(),
+        "integers": lambda rows: rows.to(torch.int8),
+    }
+    for name, change in changes.items():
+        copy = Path(shutil.copytree(folder, tmp_path / name))
+        tensor(TABLE, "embedding", change)(copy)
+        for rebuild in (False, True):
+            found = results(copy, lm, rebuild=rebuild, texts=given if rebuild else None)
+            assert False in (found["files"], found.get("rows")), (name, found)
+
+
 def test_weights_of_tokens_that_are_unknown(static: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(static, tmp_path / "copy"))
     edit("embfilter.json", lambda d: d["depth"].update(token_weights="evil"))(copy)
