@@ -1037,4 +1037,25 @@ GUARDS = (
         "turned = indices[agreement < 0]",
         "saved/test_verify_folded.py::test_a_sign_that_hangs_on_the_last_bits",
     ),
+    _guard(
+        "a check that raises has failed",
+        "saved/checks.py",
+        'with reading(f"what the check {name!r} compares", must="be comparable"):',
+        "if True:",
+        "saved/test_checks.py::test_a_check_that_raises_has_failed",
+    ),
+    _guard(
+        "a table of integers is none",
+        "saved/static.py",
+        " and table.dtype in FLOATS",
+        "",
+        "saved/test_verify_folded.py::test_a_table_that_is_none",
+    ),
+    _guard(
+        "rotated weights in eight bits are none of ours",
+        "saved/baked_checks.py",
+        "if unembedding.stored.dtype not in layout.FLOATS:",
+        "if False:",
+        "saved/test_verify_folded.py::test_forged_weights",
+    ),
 )

@@ -159,6 +159,8 @@ def check_gram(unembedding: Unembedding, metadata: FilterMetadata) -> tuple[bool
         metadata: Of the filter that was baked.
     """
     d = unembedding.d
+    if unembedding.stored.dtype not in layout.FLOATS:
+        return False, f"the head is stored as {unembedding.stored.dtype}, which no export writes"
     gram = torch.zeros(d, d, dtype=torch.float64)
     powers = torch.zeros_like(gram)
     for block in unembedding.blocks():
@@ -209,6 +211,9 @@ def check_weights(
     exact = replace(spectrum, energy=None)  # as the export computes it
     turns = turn_bounds(exact, order).norm(dim=1)
     dtypes = {name: checkpoint.tensor(name).dtype for name in model.state_dict()}
+    for name, dtype in dtypes.items():
+        if dtype not in layout.FLOATS:
+            return False, f"{shown(name)} is stored as {dtype}, which no export writes"
     count = 0
     for job in baked_tensors(base, config, residual_of(config), rotation, dtypes):
         stored = checkpoint.tensor(stored_name(model, checkpoint, job.name))

@@ -50,9 +50,10 @@ class Check:
 
 
 def attempt(name: str, action: Callable[[], tuple[bool | None, str]]) -> Check:
-    """The check that an action makes; an error of ours is a failure."""
+    """The check that an action makes; whatever a stranger's file makes it raise is a failure."""
     try:
-        return Check(name, *action())
+        with reading(f"what the check {name!r} compares", must="be comparable"):
+            return Check(name, *action())
     except EmbedFilterError as error:
         return Check(name, False, str(error))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+import torch
 from sentence_transformers import SimilarityFunction
 from sentence_transformers.sentence_transformer.modules import Transformer
 
@@ -14,6 +15,9 @@ from st_embfilter.model.backbone import TEXT_ONLY
 from st_embfilter.model.metadata import METADATA_FILE, SPECTRUM_FILE
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.prompts import MESSAGES, RECIPES
+
+#: Dtypes of the weights that a save or an export writes.
+FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 CARD_FILE: Final = "README.md"
 RESULTS_FILE: Final = "results.jsonl"

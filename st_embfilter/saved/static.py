@@ -22,11 +22,8 @@ from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.static import static_metadata
 from st_embfilter.saved.card import base_card, render
 from st_embfilter.saved.card_facts import facts_of_files
-from st_embfilter.saved.layout import CARD_FILE, STATIC_FOLDER, TABLE
+from st_embfilter.saved.layout import CARD_FILE, FLOATS, STATIC_FOLDER, TABLE
 from st_embfilter.text import json_text
-
-#: Dtypes of a table.
-TABLE_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 STATIC_FILES: Final = (
     MODULES_FILE,
@@ -106,7 +103,7 @@ def write_table(model: SentenceTransformer, folder: Path) -> None:
 
 
 def read_table(path: Path | None, metadata: FilterMetadata) -> Tensor:
-    """The table of a static model, (V, k), finite and in one of the dtypes of `TABLE_DTYPES`.
+    """The table of a static model, (V, k), finite and in one of the dtypes of `FLOATS`.
 
     Args:
         path: Its file.
@@ -122,7 +119,7 @@ def read_table(path: Path | None, metadata: FilterMetadata) -> Tensor:
         raise FormatError(
             f"{STATIC_FOLDER}/{SAFETENSORS_FILE} must hold {TABLE}, got: {error}"
         ) from error
-    fits = table.ndim == 2 and table.shape[1] == metadata.k and table.dtype in TABLE_DTYPES
+    fits = table.ndim == 2 and table.shape[1] == metadata.k and table.dtype in FLOATS
     if not fits or not bool(torch.isfinite(table).all()):
         raise FormatError(
             f"the table must be finite, of floats and {metadata.k} wide as {METADATA_FILE} says, "

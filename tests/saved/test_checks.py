@@ -157,3 +157,18 @@ def test_rounding_of_the_backbone(dtype: torch.dtype) -> None:
         exact = layers.double()(x.double())
     error = float((found - exact).norm() / exact.norm())
     assert 0 < error <= checks.encoding_error(layers.to(dtype))
+
+
+def test_a_check_that_raises_has_failed() -> None:
+    def broken() -> tuple[bool, str]:
+        raise RuntimeError("INTERNAL ASSERT FAILED\nsomewhere")
+
+    def stopped() -> tuple[bool, str]:
+        raise KeyboardInterrupt
+
+    found = checks.attempt("rows", broken)
+    assert (found.passed, found.word) == (False, "FAILED")
+    assert "INTERNAL ASSERT FAILED" in found.detail
+    assert "somewhere" not in found.detail
+    with pytest.raises(KeyboardInterrupt):
+        checks.attempt("rows", stopped)

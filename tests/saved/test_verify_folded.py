@@ -345,6 +345,11 @@ BAKED_ATTACKS: dict[str, tuple[Attack, set[str]]] = {
         tensor(WEIGHTS, "lm_head", lambda w: w * torch.tensor([-1.0] + [1.0] * 31)),
         {"rows"},
     ),
+    "integers": (tensor(WEIGHTS, "q_proj", lambda w: w.to(torch.int8)), {"rows"}),
+    "eight bits, which round as much as one likes": (
+        tensor(WEIGHTS, "lm_head", lambda w: w.to(torch.float8_e4m3fn)),
+        {"directions", "rows"},
+    ),
     "a matrix that writes": (tensor(WEIGHTS, "o_proj", lambda w: w * 1.001), {"rows"}),
     "a matrix that reads": (tensor(WEIGHTS, "q_proj", lambda w: w.flip(1)), {"rows"}),
     "an embedding": (tensor(WEIGHTS, "embed_tokens", lambda w: w + 1e-4), {"rows"}),
