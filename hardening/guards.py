@@ -1026,7 +1026,7 @@ GUARDS = (
     _guard(
         "a sign that hangs on the last bits is no forgery",
         "saved/verify.py",
-        "matrix = static_checks.facing(stored_rows, metadata, states, matrix, gain)",
+        "matrix = static_checks.facing(table, metadata, states, matrix, gain)",
         "pass",
         "saved/test_verify_folded.py::test_a_sign_that_hangs_on_the_last_bits",
     ),
