@@ -346,9 +346,9 @@ def speed(rows: Sequence[Row]) -> list[str]:
         "### Sampling (`self`)",
         "",
         f"Texts of {rows[0]['tokens']} tokens for each second of one core, by",
-        "`python -m benchmarks.sampling`. Before: 64 at a time in the dtype of the weights; now:",
-        f"256, in {rows[0]['computed']}, which is fast on this processor. The machine had other",
-        "work: trust the ratios.",
+        "`python -m benchmarks.sampling`. Before: 64 at a time by `generate`, in the dtype of the",
+        f"weights; now: 256 by `model/decode.py`, in {rows[0]['computed']}, which is fast on this",
+        "processor. The machine had other work: trust the ratios.",
         "",
         *table(head, body),
     ]

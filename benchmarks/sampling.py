@@ -19,7 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from benchmarks.calibration_page import SAMPLING
-from st_embfilter.model.sampling import BATCH, DEFAULT_TOKENS, cpu_dtype, flaws, starts_turn, write
+from st_embfilter.model.decode import write
+from st_embfilter.model.sampling import BATCH, DEFAULT_TOKENS, cpu_dtype, flaws, starts_turn
 from st_embfilter.model.tokenizer import start_token
 
 BEFORE = 64

@@ -706,32 +706,37 @@ GUARDS = (
         "if False:",
         f"{STRANGERS}::test_what_a_user_can_get_wrong",
     ),
-    *(
-        _guard(
-            f"settings of generation are a stranger's: {what}",
-            "model/sampling.py",
-            old,
-            new,
-            "model/test_sampling.py::test_settings_of_the_checkpoint_do_not_shape_the_texts",
-            *(
-                f"model/test_sampling.py::test_no_setting_of_a_stranger_reaches_the_sampler[{one}]"
-                for one in names
-            ),
-        )
-        for what, old, new, names in (
-            (
-                "none reaches the sampler",
-                "    model.generation_config = GenerationConfig(eos_token_id=ends)\n",
-                "",
-                ("generation_config.json-new tokens", "generation_config.json-a time"),
-            ),
-            (
-                "one error for those that are none",
-                '@reading("the language model", CalibrationError, "write texts to calibrate on")\n',
-                "",
-                ("generation_config.json-an end of words", "generation_config.json-a cache"),
-            ),
-        )
+    _guard(
+        "settings of generation that are none are one error",
+        "model/sampling.py",
+        '@reading("the language model", CalibrationError, "write texts to calibrate on")\n',
+        "",
+        *(
+            "model/test_sampling.py::test_no_setting_of_a_stranger_reaches_the_sampler"
+            f"[generation_config.json-{one}]"
+            for one in ("an end of words", "an end of 10^30")
+        ),
+    ),
+    _guard(
+        "no token is drawn from logits that are no numbers",
+        "model/decode.py",
+        "if not bool(whole.isfinite().all()):",
+        "if False:",
+        "model/test_decode.py::test_logits_that_are_no_numbers",
+    ),
+    _guard(
+        "rounding draws no token without a chance",
+        "model/decode.py",
+        "torch.minimum(at * whole, below)",
+        "at * whole",
+        "model/test_decode.py::test_a_place_has_a_weight",
+    ),
+    _guard(
+        "a text that has ended stays so",
+        "model/decode.py",
+        ".masked_fill_(ended, pad)",
+        "",
+        "model/test_decode.py::test_a_text_ends_at_its_end",
     ),
     _guard(
         "max_seq_length is a length",
@@ -1025,16 +1030,44 @@ GUARDS = (
     ),
     _guard(
         "a sign that hangs on the last bits is no forgery",
-        "saved/verify.py",
-        "matrix = static_checks.facing(table, metadata, states, matrix, gain)",
-        "pass",
+        "saved/static_checks.py",
+        "return self.coordinates[:, self.indices] * self.signs",
+        "return self.coordinates[:, self.indices]",
         "saved/test_verify_folded.py::test_a_sign_that_hangs_on_the_last_bits",
+    ),
+    _guard(
+        "a GGUF file is read in the dtype of the build",
+        "saved/verify.py",
+        "readable(base, made_from.dtype,",
+        "readable(base, None,",
+        "saved/test_verify_gguf.py",
+    ),
+    _guard(
+        "also for a filter that was taken out of a model",
+        "saved/verify.py",
+        "whole = layer.metadata.provenance.gguf_sha256 is not None",
+        "whole = False",
+        "saved/test_verify_gguf.py",
+    ),
+    _guard(
+        "but not for one that was made of W_U alone",
+        "saved/verify.py",
+        "whole = layer.metadata.provenance.gguf_sha256 is not None",
+        "whole = True",
+        "saved/test_verify_gguf.py",
+    ),
+    _guard(
+        "a GGUF file says what texts begin with",
+        "saved/prompt_checks.py",
+        "if gguf is not None:",
+        "if False:",
+        "saved/test_verify_gguf.py",
     ),
     _guard(
         "a sign that does not is one",
         "saved/static_checks.py",
-        "turned = indices[either & (agreement < 0)]",
-        "turned = indices[agreement < 0]",
+        "torch.where(either & (agreement < 0), -1.0, 1.0)",
+        "torch.where(agreement < 0, -1.0, 1.0)",
         "saved/test_verify_folded.py::test_a_sign_that_hangs_on_the_last_bits",
     ),
     _guard(

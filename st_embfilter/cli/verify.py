@@ -32,7 +32,7 @@ def verify(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Language model that the filter was made from, if it is on no Hub."),
+        typer.Option(help="Folder or GGUF file of the model that it was made from, if on no Hub."),
     ] = None,
     revision: Revision = None,
     trust_remote_code: Annotated[

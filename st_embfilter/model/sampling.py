@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedTokenizerBase,
 )
 
 from st_embfilter.errors import CalibrationError, SampleWarning
+from st_embfilter.model.decode import write
 from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.tokenizer import DOCUMENT_SEPARATOR, start_token
 from st_embfilter.text import progress_bar, reading, shown
@@ -93,9 +92,6 @@ def sample_texts(
     model.to(device or "cpu").eval()
     if model.device.type == "cpu":
         model.to(cpu_dtype())
-    # Nothing else of the checkpoint's own settings: they are a stranger's, and shape the texts.
-    ends = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=ends)
     start = start_token(tokenizer, model.config)
     if start is None:
         raise CalibrationError(
@@ -144,42 +140,6 @@ def sample_texts(
             stacklevel=3,
         )
     return list(texts)[:count]
-
-
-@torch.inference_mode()
-def write(model: Any, start: int, rows: int, length: int, pad: int) -> Tensor:
-    """Ids (rows, <= 1 + length) of as many samples, by torch's random state.
-
-    Args:
-        model: A causal language model.
-        start: The first id of each.
-        rows: Number of samples, all written at once.
-        length: Most tokens after the first.
-        pad: Id that follows an end.
-    """
-    prompts = torch.full((rows, 1), start, device=model.device)
-    written: Tensor = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=False,
-        repetition_penalty=1.0,
-        logits_processor=[_draw],
-        max_new_tokens=length,
-        pad_token_id=pad,
-    )
-    return written
-
-
-def _draw(ids: Tensor, logits: Tensor) -> Tensor:
-    """Draws the next tokens at temperature 1: logits (n, V) that leave one token for each row.
-
-    One random number for each row picks a place in the cumulated probabilities. `generate` takes
-    one for each token of the vocabulary, which is a third of a small model's time.
-    """
-    places = logits.softmax(dim=-1).cumsum_(dim=-1)
-    wanted = places[:, -1:] * torch.rand((len(places), 1), device=places.device)
-    tokens = torch.searchsorted(places, wanted, right=True).clamp_(max=places.shape[1] - 1)
-    return logits.fill_(-torch.inf).scatter_(1, tokens, 0.0)
 
 
 def cpu_dtype() -> torch.dtype:

@@ -15,10 +15,10 @@ from torch import Tensor
 from st_embfilter.errors import EmbedFilterError
 from st_embfilter.model.calibrate import calibrate_filter, generic_texts
 from st_embfilter.model.layer import EmbedFilterLayer
-from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.sampling import sample_texts
 from st_embfilter.model.static import scale_of
 from st_embfilter.saved import checks
+from st_embfilter.saved.static_checks import StaticTable
 from st_embfilter.spectrum.whitening import Calibration, different_texts, texts_hash
 from st_embfilter.text import first_line
 from st_embfilter.unembedding.source import Source
@@ -106,43 +106,33 @@ def verdict(
 
 
 def check_table_calibration(
-    table: Tensor,
-    states: Tensor,
+    held: StaticTable,
     tokenizer: Tokenizer,
-    projection: Tensor,
-    metadata: FilterMetadata,
+    record: Calibration,
     texts: list[str],
-    gain: Tensor | None,
     *,
     show_progress_bar: bool,
 ) -> tuple[bool | None, str]:
     """A static model's table against that of its filter calibrated anew.
 
     Args:
-        table: (V, k), as stored.
-        states: (V, d) float32, the normed token embeddings of the language model.
+        held: The table, beside its language model.
         tokenizer: Of the static model.
-        projection: (k, d), the directions of the window.
-        metadata: Of the static model.
+        record: How it was calibrated.
         texts: What it was calibrated with.
-        gain: g, (d,), of a folded norm.
         show_progress_bar: Show a bar while texts are encoded.
     """
-    record = metadata.calibration
-    if record is None:
-        return True, "none"
-    rows = projection if gain is None else projection / gain
-    wide = StaticEmbedding(tokenizer, embedding_weights=states)
-    bare = EmbedFilterLayer(rows, replace(metadata, calibration=None))
+    wide = StaticEmbedding(tokenizer, embedding_weights=held.states)
+    bare = EmbedFilterLayer(held.rows, replace(held.metadata, calibration=None))
     model = SentenceTransformer(modules=[wide, bare], device="cpu")
     made = repeated(model, texts, record, show_progress_bar=show_progress_bar)
     with torch.no_grad():
-        expected = made.linear(states).to(torch.float64)
-    expected *= scale_of(table, expected)
-    stored = table.to(torch.float64)
+        expected = made.linear(held.states).to(torch.float64)
+    expected *= scale_of(held.table, expected)
+    stored = held.table.to(torch.float64)
     centre, middle = stored.mean(0), expected.mean(0)
     spread = (stored - centre).norm()
     of_rows = float(((expected - middle) - (stored - centre)).norm() / spread)
     length = torch.maximum(centre.norm(), spread / len(stored) ** 0.5)
     of_centre = float((middle - centre).norm() / length)
-    return verdict(max(of_rows, of_centre), made, gain, checks.encoding_error(wide))
+    return verdict(max(of_rows, of_centre), made, held.gain, checks.encoding_error(wide))

@@ -6,12 +6,14 @@ Whatever the form of a template in a folder: the ids that come out are held agai
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from st_embfilter.errors import FormatError
 from st_embfilter.model.backbone import TEXT_ONLY
+from st_embfilter.model.gguf_tokenizer import gguf_tokenizer
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.prompts import Echo, MetaEOL, Recipe, recipe_from_dict
 from st_embfilter.model.tokenizer import (
@@ -25,6 +27,7 @@ from st_embfilter.model.tokenizer import (
 from st_embfilter.saved import layout
 from st_embfilter.saved.file_checks import document
 from st_embfilter.text import reading, shown
+from st_embfilter.unembedding.gguf import GGUFFile, find_gguf
 from st_embfilter.unembedding.source import Source
 
 
@@ -93,6 +96,9 @@ def _other_modules(source: Source, recipe: Recipe | None, config: Mapping[str, A
 
 
 def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    gguf = find_gguf(Path(source.name))
+    if gguf is not None:
+        return gguf_tokenizer(GGUFFile.open(gguf))
     with reading(f"the tokenizer of {source.name}", FormatError):
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.name, **source.for_transformers()

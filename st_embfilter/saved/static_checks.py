@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,6 @@ from st_embfilter.files.folder import ModelFiles
 from st_embfilter.files.tensors import SAFETENSORS_FILE
 from st_embfilter.model.backbone import load_backbone
 from st_embfilter.model.cut import load_cut
-from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
 from st_embfilter.model.static import scale_of, token_embeddings
@@ -60,7 +60,7 @@ def states_of(base: Source, metadata: FilterMetadata) -> tuple[Tensor, Tokenizer
     """The normed token embeddings of a language model, and the tokenizer of its static model.
 
     Args:
-        base: The language model; a GGUF file is dequantised.
+        base: The language model, a folder or a repository.
         metadata: Of the static model.
 
     Returns:
@@ -69,9 +69,8 @@ def states_of(base: Source, metadata: FilterMetadata) -> tuple[Tensor, Tokenizer
     Raises:
         EmbedFilterError: If the model cannot be loaded.
     """
-    source, _ = readable(base, None, show_progress_bar=False)
     backbone, _ = load_cut(
-        source, 0, lambda one: load_backbone(one, max_seq_length=None, dtype=torch.float32)
+        base, 0, lambda one: load_backbone(one, max_seq_length=None, dtype=torch.float32)
     )
     weights = None if metadata.depth is None else metadata.depth.token_weights
     module: Any = token_embeddings(backbone, weights)
@@ -92,42 +91,70 @@ def check_tokenizer(path: Path | None, tokenizer: Tokenizer) -> tuple[bool, str]
     return same, "that of the language model" if same else "not that of the language model"
 
 
-def facing(
-    table: Tensor,
-    metadata: FilterMetadata,
-    states: Tensor,
-    spectrum: Spectrum,
-    gain: Tensor | None = None,
-) -> Spectrum:
-    """The spectrum, with the directions whose sign is open turned as the table has them.
+@dataclass(frozen=True)
+class StaticTable:
+    """A static model's table beside what it was made of.
 
     A direction has the sign of the first entry of nearly its largest magnitude (`signs`). Which
-    entry that is can hang on the last bits, and a table does not show the entries.
+    entry that is can hang on the last bits, and a table does not show the entries: the directions
+    whose sign is open are taken as the table has them.
 
-    Args:
+    Attributes:
         table: (V, k), as stored.
         metadata: Of the static model.
         states: (V, d) float32, of the language model.
         spectrum: Of its unembedding matrix.
         gain: g, (d,), of a folded norm.
     """
-    indices = torch.as_tensor(metadata.band.indices(spectrum.d))
-    directions = spectrum.directions[indices].to(torch.float64)
-    turns = turn_bounds(spectrum, indices).norm(dim=1, keepdim=True)
-    either = _sign_is_open(directions, turns)
-    if not bool(either.any()):
-        return spectrum
-    kept = _coordinates(states, spectrum, gain)[:, indices]
-    stored = table.to(torch.float64)
-    if metadata.calibration is None:
-        agreement = (kept * stored).sum(0)
-    else:  # the polar factor of a positive map of turned directions turns them
-        left, _, right = torch.linalg.svd(_map_between(kept, stored))
-        agreement = (left @ right).diagonal()
-    turned = indices[either & (agreement < 0)]
-    directions = spectrum.directions.clone()
-    directions[turned] *= -1
-    return replace(spectrum, directions=directions)
+
+    table: Tensor
+    metadata: FilterMetadata
+    states: Tensor
+    spectrum: Spectrum
+    gain: Tensor | None = None
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """(k,) of the directions that are kept."""
+        return torch.as_tensor(self.metadata.band.indices(self.spectrum.d))
+
+    @cached_property
+    def turns(self) -> Tensor:
+        """(k, d), how far another computation may turn each of them."""
+        return turn_bounds(self.spectrum, self.indices)
+
+    @cached_property
+    def coordinates(self) -> Tensor:
+        """The states along every direction, (V, d) float64."""
+        states = self.states.to(torch.float64)
+        if self.gain is not None:
+            states = states / self.gain
+        return states @ self.spectrum.directions.to(torch.float64).T
+
+    @cached_property
+    def signs(self) -> Tensor:
+        """(k,) of 1 and -1: how the table has the directions."""
+        either = _sign_is_open(self.spectrum.directions[self.indices], self.turns)
+        if not bool(either.any()):
+            return torch.ones(len(either), dtype=torch.float64)
+        kept, stored = self.coordinates[:, self.indices], self.table.to(torch.float64)
+        if self.metadata.calibration is None:
+            agreement = (kept * stored).sum(0)
+        else:  # the polar factor of a positive map of turned directions turns them
+            left, _, right = torch.linalg.svd(_map_between(kept, stored))
+            agreement = (left @ right).diagonal()
+        return torch.where(either & (agreement < 0), -1.0, 1.0).to(torch.float64)
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """The states along the directions that are kept, (V, k) float64."""
+        return self.coordinates[:, self.indices] * self.signs
+
+    @property
+    def rows(self) -> Tensor:
+        """(k, d) float32, the filter that takes a state to its row."""
+        directions = self.spectrum.projection(self.metadata.band) * self.signs[:, None].float()
+        return directions if self.gain is None else directions / self.gain
 
 
 def _sign_is_open(directions: Tensor, turns: Tensor) -> Tensor:
@@ -135,22 +162,17 @@ def _sign_is_open(directions: Tensor, turns: Tensor) -> Tensor:
 
     Args:
         directions: (k, d), each of unit length.
-        turns: (k, 1), how far another computation may turn each of them.
+        turns: (k, d), how far another computation may turn each of them, towards every other.
     """
-    magnitude = directions.abs()
+    magnitude = directions.to(torch.float64).abs()
     largest = magnitude.amax(dim=1, keepdim=True)
-    error = 2 * turns / largest
+    error = 2 * turns.norm(dim=1, keepdim=True) / largest
     surely = magnitude >= largest * (NEARLY + error)
     before = surely.cumsum(dim=1) - surely.long() == 0  # up to the first that surely is one
     may_decide = before & (magnitude >= largest * (NEARLY - error))
     up, down = may_decide & (directions > 0), may_decide & (directions < 0)
-    return up.any(dim=1) & down.any(dim=1)
-
-
-def _coordinates(states: Tensor, spectrum: Spectrum, gain: Tensor | None) -> Tensor:
-    """The states along every direction, (V, d) float64."""
-    wide = states.to(torch.float64)
-    return (wide if gain is None else wide / gain) @ spectrum.directions.to(torch.float64).T
+    either: Tensor = up.any(dim=1) & down.any(dim=1)
+    return either
 
 
 def _map_between(kept: Tensor, stored: Tensor) -> Tensor:
@@ -159,30 +181,15 @@ def _map_between(kept: Tensor, stored: Tensor) -> Tensor:
     return fitted
 
 
-def check_table_rows(
-    table: Tensor,
-    metadata: FilterMetadata,
-    states: Tensor,
-    spectrum: Spectrum,
-    gain: Tensor | None = None,
-) -> tuple[bool, str]:
+def check_table_rows(held: StaticTable) -> tuple[bool, str]:
     """Every row of the table against the normed embedding of its token, filtered.
 
     The table of a calibrated filter must be one symmetric positive affine map of the window's
     directions, which is fitted to its rows.
-
-    Args:
-        table: (V, k), as stored.
-        metadata: Of the static model.
-        states: (V, d) float32, of the language model.
-        spectrum: Of its unembedding matrix.
-        gain: g, (d,), of a folded norm.
     """
-    indices = torch.as_tensor(metadata.band.indices(spectrum.d))
-    coordinates = _coordinates(states, spectrum, gain)
-    kept = coordinates[:, indices]
+    table, metadata, turns = held.table, held.metadata, held.turns
+    coordinates, kept = held.coordinates, held.kept
     stored = table.to(torch.float64)
-    turns = turn_bounds(spectrum, indices)
     if table.dtype is torch.float16 and float(table.abs().max()) > 1:
         return False, "entries above 1 in float16, so sums of long texts overflow"
     matrix = scale_of(table, kept) * torch.eye(metadata.k, dtype=torch.float64)
@@ -192,7 +199,7 @@ def check_table_rows(
         bias = stored.mean(0) - matrix @ kept.mean(0)
         skew = float((matrix - matrix.T).abs().max() / matrix.abs().max())
         lowest = float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[0])
-        if lowest <= 0 or skew > _rounding(table.dtype) + float(turns[:, indices].max()):
+        if lowest <= 0 or skew > _rounding(table.dtype) + float(turns[:, held.indices].max()):
             return False, f"no calibration: asymmetric by {skew:.1e}, lowest value {lowest:.1e}"
     # Rounding of the stored number; of the float32 sums of norm and product, which grow with d;
     # and directions that no computation tells apart better.
@@ -202,7 +209,7 @@ def check_table_rows(
     for rows in torch.arange(len(stored)).split(_BLOCK):
         gap = (stored[rows] - kept[rows] @ matrix.T - bias).abs()
         lengths = coordinates[rows].norm(dim=1, keepdim=True)
-        sums = FLOAT32 * spectrum.d**0.5 * (lengths * matrix.norm(dim=1) + bias.abs())
+        sums = FLOAT32 * held.spectrum.d**0.5 * (lengths * matrix.norm(dim=1) + bias.abs())
         allowed = unit * stored[rows].abs() + torch.finfo(table.dtype).smallest_normal * unit
         allowed += 4 * sums + coordinates[rows].abs() @ (reach @ turns).T
         excess = (gap - allowed).max(dim=1).values

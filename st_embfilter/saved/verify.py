@@ -14,6 +14,7 @@ from st_embfilter.errors import EmbedFilterError, FormatError, HubError
 from st_embfilter.files.folder import ModelFiles, links_out
 from st_embfilter.model.depth import text_config
 from st_embfilter.model.find import find_filter
+from st_embfilter.model.gguf_backbone import readable
 from st_embfilter.model.layer import EmbedFilterLayer, read_filter
 from st_embfilter.model.metadata import FilterMetadata
 from st_embfilter.model.modules_file import MODULES_FILE
@@ -60,8 +61,8 @@ def verify(
         rebuild: Also compare the spaces of all prefixes with the filter built anew, repeat a
             calibration, and download the weights of a model on the Hub to check them.
         texts: What the filter was calibrated with, if not with generic texts or the model's own.
-        base: Folder or Hub id of the language model that a filter alone, a static or a baked model
-            was made from; of others, what texts begin with is held against it.
+        base: Folder, GGUF file or Hub id of the language model that a filter alone, a static or a
+            baked model was made from; of others, what texts begin with is held against it.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
         trust_remote_code: Allow model code of the checkpoint to run.
@@ -164,8 +165,7 @@ class _Job:
         yield from checked
         if found is None:
             return
-        base, matrix = found
-        gain = base.unembedding().gain
+        base, spectrum = found
         try:
             states, tokenizer = static_checks.states_of(base, metadata)
         except EmbedFilterError as error:
@@ -176,10 +176,8 @@ class _Job:
         if len(table) != len(states):
             yield Check("rows", False, f"{len(table)} tokens, the language model has {len(states)}")
             return
-        matrix = static_checks.facing(table, metadata, states, matrix, gain)
-        yield attempt(
-            "rows", lambda: static_checks.check_table_rows(table, metadata, states, matrix, gain)
-        )
+        held = static_checks.StaticTable(table, metadata, states, spectrum, base.unembedding().gain)
+        yield attempt("rows", lambda: static_checks.check_table_rows(held))
         record = metadata.calibration
         if record is None:
             return
@@ -193,14 +191,7 @@ class _Job:
             if isinstance(texts, str):
                 return None, texts
             return calibration_checks.check_table_calibration(
-                table,
-                states,
-                tokenizer,
-                matrix.projection(metadata.band),
-                metadata,
-                texts,
-                gain,
-                show_progress_bar=self.bar,
+                held, tokenizer, record, texts, show_progress_bar=self.bar
             )
 
         yield attempt("calibration", calibration)
@@ -241,7 +232,7 @@ class _Job:
         And the checks on the way there: its hash, or why there is nothing to compare rows with.
         """
         try:
-            base = self._made_from(metadata)
+            base = self._made_from(metadata, whole=True)
             unembedding = base.unembedding()
         except (HubError, _UnknownError) as error:
             return None, [Check("unembedding", None, f"{error}; give base= (--base)")]
@@ -326,12 +317,27 @@ class _Job:
         return True, "valid metadata" + ("" if stated is None else f", base model {stated}")
 
     def _unembedding(self, layer: EmbedFilterLayer, alone: bool) -> Unembedding:
-        return (self._made_from(layer.metadata) if alone else self.source).unembedding()
+        if not alone:
+            return self.source.unembedding()
+        # Without such a hash it was made from the rows of W_U as they are in the file.
+        whole = layer.metadata.provenance.gguf_sha256 is not None
+        return self._made_from(layer.metadata, whole=whole).unembedding()
 
-    def _made_from(self, metadata: FilterMetadata) -> Source:
+    def _made_from(self, metadata: FilterMetadata, *, whole: bool) -> Source:
+        """The language model that a filter was made from.
+
+        Args:
+            metadata: Of the filter.
+            whole: Whether all weights are needed: those of a GGUF file are then dequantised into
+                the dtype that they had when the filter was made.
+        """
         made_from = metadata.provenance
         if self.base is not None:
-            return self._other(self.base, None)
+            base = self._other(self.base, None)
+            if not whole:
+                return base
+            opened, _ = readable(base, made_from.dtype, show_progress_bar=self.bar)
+            return opened if opened is base else replace(opened, norm=base.norm)
         if made_from.model_id is None or made_from.revision is None:
             raise _UnknownError(
                 f"made from {shown(made_from.model_id or 'an unnamed model')}, which is on no Hub"
