@@ -26,6 +26,9 @@ _BLOCK: Final = 128
 #: Names of a model's cache in transformers, of now and before.
 _CACHES: Final = ("cache", "past_key_values")
 
+#: What torch's attention is left to deal with, or to refuse.
+_OPTIONS: Final = ("position_bias", "softcap", "s_aux")
+
 #: Name of `_attend` in transformers.
 _ATTENTION: Final = "st_embfilter_decode"
 
@@ -137,8 +140,9 @@ def _attend(
         **options: For torch's.
     """
     n, heads, queries, d = query.shape
-    groups, masks = key.shape[1], () if attention_mask is None else attention_mask.shape[1:3]
-    if queries != 1 or masks not in ((), (1, 1)) or options.get("position_bias") is not None:
+    groups = key.shape[1]
+    of_heads = attention_mask is not None and attention_mask.shape[1:3] != (1, 1)
+    if queries != 1 or of_heads or any(options.get(one) is not None for one in _OPTIONS):
         found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )

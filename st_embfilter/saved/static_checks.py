@@ -145,7 +145,7 @@ class StaticTable:
             agreement = (left @ right).diagonal()
         return torch.where(either & (agreement < 0), -1.0, 1.0).to(torch.float64)
 
-    @cached_property
+    @property
     def kept(self) -> Tensor:
         """The states along the directions that are kept, (V, k) float64."""
         return self.coordinates[:, self.indices] * self.signs

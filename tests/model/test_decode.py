@@ -101,6 +101,20 @@ def test_logits_that_are_no_numbers(value: float) -> None:
         draw(logits)
 
 
+@pytest.mark.parametrize("option", ["softcap", "position_bias", "s_aux"])
+def test_other_attention_is_left_to_torch(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def torchs(*args: Any, **options: Any) -> tuple[None, None]:
+        given.append(options)
+        return None, None
+
+    monkeypatch.setattr(decode, "sdpa_attention_forward", torchs)
+    query, key = torch.randn(2, 6, 1, 8), torch.randn(2, 6, 5, 8)
+    decode._attend(torch.nn.Module(), query, key, key, None, **{option: 30.0})
+    assert given == [{"scaling": None, option: 30.0}]
+
+
 @pytest.mark.parametrize("mask", ["none", "boolean", "added", "of each head"])
 @pytest.mark.parametrize("queries", [1, 3])
 def test_attention(mask: str, queries: int) -> None:
