@@ -419,7 +419,7 @@ GUARDS = (
     _guard(
         "a made-up calibration of a static model fails",
         "saved/calibration_checks.py",
-        "return verdict(max(of_rows, of_centre), made, gain, checks.encoding_error(wide))",
+        "return verdict(max(of_rows, of_centre), made, held.gain, checks.encoding_error(wide))",
         "return verdict(0.0, made, gain, checks.encoding_error(wide))",
         "saved/test_verify_folded.py::test_the_calibration_of_a_table_is_repeated",
     ),
