@@ -110,10 +110,10 @@ the dtype of the backbone, where `st_embfilter.load` computes it in float32. For
 (cosines 1.5e-2 and 8e-4).
 
 Sentence-transformers 5 and older add up the states of all tokens in the dtype of the backbone: in
-float16 the mean of a long text is `inf`. Of abstracts of SciFact, put together to one text, the sum
-of SmolLM2's states leaves float16 after some 3,300 tokens, that of Qwen2.5-Coder's after some 1,500.
-They load float16 folders in float32 unless told otherwise (with transformers 4); version 6 adds up
-in float32.
+float16 the mean of a long text is `inf`. Of abstracts of SciFact, put together to one text, the
+states of SmolLM2 add up beyond float16 after some 3,300 tokens, those of Qwen2.5-Coder after some
+1,500. They load float16 folders in float32 unless told otherwise (with transformers 4); version 6
+adds up in float32.
 
 ## Checked by rule, not run
 

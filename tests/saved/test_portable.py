@@ -382,7 +382,7 @@ def test_a_run_goes_on_and_writes_the_page_when_every_row_is_there(
     assert "0123" in run.PAGE.read_text()
 
 
-def test_the_hash_is_of_every_file_and_its_name(
+def test_the_hash_is_of_every_file_that_runs_and_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "ROOT", tmp_path)
@@ -397,4 +397,5 @@ def test_the_hash_is_of_every_file_and_its_name(
     seen.append(run.code_hash())
     assert len(set(seen)) == 4
     (tmp_path / "st_embfilter" / "a.pyc").write_text("")
+    (tmp_path / "compat" / "page.py").write_text("the words of the page")
     assert run.code_hash() == seen[-1]
