@@ -171,6 +171,39 @@ def test_a_sign_that_hangs_on_the_last_bits(
 
 
 @pytest.mark.parametrize("options", [{}, {"calibrate": TEXTS}])
+def test_directions_that_turn_in_one_row(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Of two equal singular values no computation knows the directions, but all rows have the same.
+
+    Planted exactly: every singular value belongs to one dimension, and the first two are equal.
+    """
+    model = tiny_lm(tmp_path / "lm", bos_token_id=None)
+    weight = model.get_output_embeddings().weight
+    d = weight.shape[1]
+    with torch.no_grad():
+        weight.zero_()
+        weight[:d] = torch.diag(torch.arange(2.0 * d, d, -1).clamp(max=2 * d - 1))
+    model.save_pretrained(tmp_path / "lm")
+    options = {"layers": 0, "band": "dominant", "keep": 4, "dtype": "float32", **options}
+    folder = build(tmp_path / "lm", tmp_path / "static", **options)
+    assert results(folder, tmp_path / "lm")["rows"] is True
+    filtered = st_embfilter.build_filter(tmp_path / "lm", band="dominant", keep=4)
+    (pair,) = torch.where(filtered.linear.weight[:, :2].norm(dim=1) > 0.5)
+    assert len(pair) == 2
+    turn = torch.eye(4)
+    cos, sin = torch.tensor(0.02).cos(), torch.tensor(0.02).sin()
+    turn[pair[:, None], pair] = torch.stack([cos, -sin, sin, cos]).view(2, 2)
+    for name, rows in {"all": slice(None), "one": slice(17, 18)}.items():
+        copy = Path(shutil.copytree(folder, tmp_path / name))
+
+        def change(table: torch.Tensor, rows: slice = rows) -> torch.Tensor:
+            table[rows] = table[rows] @ turn
+            return table
+
+        tensor(TABLE, "embedding", change)(copy)
+        assert results(copy, tmp_path / "lm")["rows"] is (name == "all")
+
+
+@pytest.mark.parametrize("options", [{}, {"calibrate": TEXTS}])
 def test_a_table_that_is_none(lm: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """Each is told as a failure, whatever arithmetic would make of it."""
     folder = build(lm, tmp_path / "static", layers=0, **options)
