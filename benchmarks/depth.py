@@ -117,11 +117,10 @@ STATIC_HEAD = """## No blocks at all: static models
 Written from `static.jsonl`, which `benchmarks/static.py` measures: tables of token embeddings,
 `from_causal_lm(layers=0)`, float32, whole texts. BOS is in no mean, unlike in the row of 0 blocks
 above. model2vec 0.10 distils the same language model (`distill_from_model`, its PCA and its SIF
-weights) to the same dimensions, with all blocks and with none. It reads each token alone, and what
-a decoder's last block says of the first token of a text is nearly the same for all tokens, so the
-form without blocks is the stronger rival. +, -, = say whether the 95 % interval of the difference
-to the better one of the two, on that task, excludes zero. Whitening is fitted on 2,000 abstracts of
-SciFact, which flatters it there alone.
+weights) to the same dimensions, with all blocks and with none. It reads each token alone, of which
+the last block of a decoder says little: on all three the form without blocks is the stronger rival.
++, -, = say whether the 95 % interval of the difference to the better one of the two, on that task,
+excludes zero. Whitening is fitted on 2,000 abstracts of SciFact, which flatters it there alone.
 """
 
 T = TypeVar("T")
