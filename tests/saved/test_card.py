@@ -28,7 +28,7 @@ from st_embfilter.saved.card import (
     write_card,
 )
 from st_embfilter.saved.card_facts import CardFacts
-from st_embfilter.saved.card_rules import check_card, inherited
+from st_embfilter.saved.card_rules import check_card, front_matter, inherited
 from st_embfilter.saved.folder import portable_files
 from st_embfilter.saved.results import Result, parse_results
 from st_embfilter.spectrum.whitening import Calibration
@@ -518,3 +518,10 @@ def test_names_of_strangers_cannot_break_the_card(tmp_path: Path) -> None:
     tables = [line for line in body.splitlines() if line.startswith("|")]
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in tables}
     assert widths <= {3, 4, 5}, tables
+
+
+@pytest.mark.parametrize("value", ["[" * 20_000, "2026-13-45", "!!int x", "*a", "{"])
+def test_metadata_that_no_parser_reads_are_none(value: str) -> None:
+    """It recurses, converts and resolves, and each of these fails with an error of its own."""
+    assert front_matter(f"---\nlicense: {value}\n---\nA card.\n") == {}
+    assert front_matter("---\nlicense: mit\n---\nA card.\n") == {"license": "mit"}
